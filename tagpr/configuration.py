@@ -1,0 +1,100 @@
+"""Hydra configuration for every stage: compose, refuse what cannot be meant, print one line when something is wrong.
+
+Each stage has one file ``tagpr/config/<stage>.yaml``; the command line is a list of Hydra overrides
+(``benchmark.profile_size=4 setting=paper``). Hydra's compose API is used instead of ``@hydra.main`` so that no stage
+changes its working directory or its logging behind the user's back.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import hydra.errors
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tagpr.errors import ConfigError, TagPRError
+
+logger = logging.getLogger("tagpr")
+
+# verl still accepts these top-level keys and silently ignores what they say (verl 0.9.1, V1 trainer).
+DEAD_KEYS = {
+    "custom_reward_function": "reward.custom_reward_function",
+    "reward_model": "reward.reward_model",
+    "sandbox_fusion": "reward.sandbox_fusion",
+}
+
+
+def compose(stage: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose ``tagpr/config/<stage>.yaml`` with Hydra overrides and resolve nothing yet.
+
+    Raises:
+        ConfigError: an override is malformed, names an unknown key or option, or sets a key that verl ignores.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0].split("@", 1)[0]
+        root = key.split(".", 1)[0]
+        if root in DEAD_KEYS and stage.endswith("_rl"):
+            raise ConfigError(
+                f"{key}: verl 0.9.1 accepts this key and ignores it. Use {DEAD_KEYS[root]} instead."
+            )
+    try:
+        with initialize_config_module("tagpr.config", version_base="1.3"):
+            return hydra_compose(stage, overrides=list(overrides))
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(stage, error)) from error
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Resolve interpolations in place.
+
+    Raises:
+        ConfigError: a mandatory value is missing or an interpolation points nowhere.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    ours = [key for key in missing if not key.startswith(("critic.", "reward.reward_model.", "distillation."))]
+    if ours:
+        raise ConfigError(f"{ours[0]}: has no value. Set it on the command line: {ours[0]}=...")
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line("config", error)) from error
+    return config
+
+
+def _one_line(stage: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Could not override" in lines[0]:
+        key = lines[0].split("'")[1]
+        return f"{key}: no such key in {stage}.yaml. `--cfg` prints every key of this stage."
+    text = " ".join(lines[:2])
+    return text if text.endswith(".") else f"{text}."
+
+
+def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Command line of a stage: overrides in, exit status out.
+
+    ``--cfg`` prints the composed configuration and stops. A :class:`TagPRError` is one line on standard error and
+    status 2; anything else is a bug and keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for chatty in ("httpx", "httpcore", "openai", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        only_print = "--cfg" in arguments
+        config = compose(stage, [argument for argument in arguments if argument != "--cfg"])
+        if only_print:
+            sys.stdout.write(OmegaConf.to_yaml(config))
+        else:
+            run(resolve(config))
+    except TagPRError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        sys.exit(130)
+    sys.exit(0)
