@@ -1,0 +1,342 @@
+"""LaMP's six public tasks: its files, its prompts, its answers (S1-S3, S32).
+
+Formats and prompts are those of the official code (LaMP-Benchmark/LaMP, ``LaMP/prompts/prompts.py`` and
+``LaMP/data/datasets.py``): a model sees the same characters as in everybody else's runs, odd commas and
+trailing spaces included.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from tagpr.benchmarks.json_array import read_objects, refuse_html
+from tagpr.errors import ConfigError, DataError
+from tagpr.retrieval import date_key
+from tagpr.schema import Example, ProfileItem, Split
+
+Kind = Literal["classification", "rating", "generation"]
+
+# A user id that starts so was derived from the profile (S2), not read from the file.
+DERIVED_USER = "fp-"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: how its rows look and what counts as an answer.
+
+    ``labels`` is the closed list of answers (empty for generation); ``fields`` are the profile fields in the
+    files, ``long_field`` the one of them that is shown in the prompt and may be shortened to fit it.
+    """
+
+    name: str
+    number: int
+    kind: Kind
+    labels: tuple[str, ...]
+    fields: tuple[str, ...]
+    long_field: str
+
+    @property
+    def official_name(self) -> str:
+        """Name in the outputs file and of the folder, ``LaMP_3``."""
+        return f"LaMP_{self.number}"
+
+
+MOVIE_TAGS = (
+    "sci-fi",
+    "based on a book",
+    "comedy",
+    "action",
+    "twist ending",
+    "dystopia",
+    "dark comedy",
+    "classic",
+    "psychology",
+    "fantasy",
+    "romance",
+    "thought-provoking",
+    "social commentary",
+    "violence",
+    "true story",
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("lamp1", 1, "classification", ("[1]", "[2]"), ("title", "abstract"), "title"),
+        Task("lamp2", 2, "classification", MOVIE_TAGS, ("description", "tag"), "description"),
+        Task("lamp3", 3, "rating", ("1", "2", "3", "4", "5"), ("text", "score"), "text"),
+        Task("lamp4", 4, "generation", (), ("text", "title"), "text"),
+        Task("lamp5", 5, "generation", (), ("title", "abstract"), "abstract"),
+        Task("lamp7", 7, "generation", (), ("text",), "text"),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Look a task up by name.
+
+    Raises:
+        ConfigError: no such task; the message lists the known ones.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task={name}: no such task. Known: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def render_prompt(task: str, query: str, items: Sequence[ProfileItem]) -> str:
+    """Return the official prompt of one row: profile items (newest first) and the input.
+
+    The official code puts the items of LaMP-1 after the *first* "title" of the input, and leaves an input
+    without that word alone. Nothing is escaped here: ``query`` and ``items`` come neutralised
+    (``examples.build_prompt``).
+    """
+    number = get_task(task).number
+    if not items:
+        return query
+    shown = ", and ".join(_ITEM[number](item.fields) for item in items)
+    if number == 1:
+        before, title, after = query.partition("title")
+        return f"{before}{title}, and {shown}{after}" if title else query
+    if number == 5:
+        return f"{shown}. Following the given patterns {query}"
+    if number == 7:
+        return f"{shown} are written by a person. Following the given patterns {query}"
+    return f"{shown}. {query}"
+
+
+_ITEM: dict[int, Callable[[dict[str, str]], str]] = {
+    1: lambda item: f'"{item["title"]}"',
+    2: lambda item: f'the tag for the movie: "{item["description"]}" is "{item["tag"]}" ',
+    3: lambda item: f'{item["score"]} is the score for "{item["text"]}" ',
+    4: lambda item: f'"{item["title"]}" is the title for "{item["text"]}" ',
+    5: lambda item: f'"{item["title"]}" is a title for "{item["abstract"]}" ',
+    7: lambda item: f'"{item["text"]}" ',
+}
+
+
+_DECORATION = " \t\r\n\"'`*_.,;:!()[]{}“”‘’"
+_NEGATION = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|without|rather than|instead of)\b|n['’]t\b", re.I
+)
+_SCALE = re.compile(
+    r"\b1\s?(?:to|and|-|–)\s?5\b|(?:\bout\sof|/)\s?5\b",
+    re.I,
+)
+_NUMBER = re.compile(r"(?<![\w.,/-])[0-9]+(?:\.[0-9]+)?(?![\w/%-]|[.,][0-9])")
+
+
+def parse_answer(task: str, answer: str) -> str:
+    """Return the answer that a model's text gives, or the stripped text where it gives none or more than one.
+
+    Generation: white space is stripped, nothing else, as the official metric does. Classification and rating:
+    the label in its official spelling if the text is one (``**Comedy**``), or names exactly one of the list as
+    whole words (``The answer is [2].``, ``Tag: comedy``, ``4 out of 5``). Text that names several, or negates
+    (``not comedy``), is ambiguous and comes back as it is: it then scores as a wrong answer, never as a lucky
+    guess. The official code only strips; ``answer.strip()`` is that stricter reading.
+    """
+    spec = get_task(task)
+    text = answer.strip()
+    if not spec.labels or text in spec.labels:
+        return text
+    bare = text.strip(_DECORATION).casefold()
+    for label in spec.labels:
+        if bare == label.strip("[]"):
+            return label
+    if _NEGATION.search(text):
+        return text
+    named = _named_ratings(text) if spec.kind == "rating" else _named_labels(spec.labels, text)
+    return named.pop() if len(named) == 1 and named <= set(spec.labels) else text
+
+
+def _named_ratings(text: str) -> set[str]:
+    """Return the numbers in ``text`` other than the scale's; ``4.0`` counts as ``4``, ``4.5`` stays."""
+    return {re.sub(r"\.0+$", "", number) for number in _NUMBER.findall(_SCALE.sub(" ", text))}
+
+
+def _named_labels(labels: tuple[str, ...], text: str) -> set[str]:
+    # Longest first: "dark comedy" is one label, not also "comedy".
+    pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    return {found.casefold() for found in re.findall(rf"(?<![\w-])(?:{pattern})(?![\w-])", text, re.I)}
+
+
+def split_files(directory: Path, task: str, split: Split) -> tuple[Path, Path]:
+    """Return where the questions and the outputs of a task lie below ``directory``.
+
+    ``LaMP_<n>/<split>/``, ``LaMP_<n>/``, and ``directory`` itself are tried in this order (for LaMP-2 also
+    ``LaMP_2/new/<split>/``, its place on LaMP's server).
+
+    Raises:
+        DataError: one of the two files is nowhere; the message says where it was looked for.
+        ConfigError: unknown task.
+    """
+    spec = get_task(task)
+    folder = directory / spec.official_name
+    places = [folder / split, folder, directory]
+    if spec.number == 2:
+        places.insert(1, folder / "new" / split)
+    questions, outputs = f"{split}_questions.json", f"{split}_outputs.json"
+    for place in places:
+        if (place / questions).is_file():
+            if not (place / outputs).is_file():
+                raise DataError(f"{place / outputs}: missing beside {questions}. {_REMEDY}")
+            return place / questions, place / outputs
+    raise DataError(
+        f"{places[0] / questions}: missing (looked in {', '.join(str(place) for place in places)}). {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "`bash recipes/prepare_data.sh` makes the synthetic files and says where LaMP's go; "
+    "set benchmark.dir and benchmark.tasks to what you have."
+)
+
+
+def read_split(directory: Path, task: str, split: Split) -> list[Example]:
+    """Read one task's split into memory, see :func:`iterate_split`."""
+    return list(iterate_split(directory, task, split))
+
+
+def iterate_split(directory: Path, task: str, split: Split) -> Iterator[Example]:
+    """Yield the checked rows of one task's split in file order, one question in memory at a time.
+
+    Ids become ``<task>:<split>:<id in the file>``, since nothing keeps the files of two tasks from sharing
+    ids. A row without ``user_id`` gets a fingerprint of its profile (S2). ``profile`` stays in file order.
+
+    Raises:
+        DataError: missing, unreadable or inconsistent files; the message names the file and the row.
+        ConfigError: unknown task.
+    """
+    spec = get_task(task)
+    questions, outputs = split_files(Path(directory), task, split)
+    golds = _read_golds(outputs, spec)
+    seen: set[str] = set()
+    for position, row in enumerate(read_objects(questions), start=1):
+        example = _example(row, f"{questions}: question {row.get('id', f'number {position}')!r}", spec, split)
+        row_id = str(row["id"])
+        if row_id in seen:
+            raise DataError(f"{questions}: question {row_id!r} occurs twice. Remove one of the two.")
+        seen.add(row_id)
+        if row_id not in golds:
+            raise DataError(
+                f"{questions}: question {row_id!r} has no gold in {outputs.name}. Use matching files."
+            )
+        yield example.model_copy(update={"gold": golds[row_id]})
+    left = [row_id for row_id in golds if row_id not in seen]
+    if left:
+        raise DataError(
+            f"{outputs}: {len(left)} golds without a question in {questions.name}, first {left[0]!r}. "
+            "Use matching files."
+        )
+    if not seen:
+        raise DataError(f"{questions}: holds no question. Put LaMP's own file there.")
+
+
+def _read_golds(path: Path, spec: Task) -> dict[str, str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}). Download it again.") from error
+    refuse_html(path, text[:100])
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: malformed or cut-off JSON ({error}). Download it again.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("golds"), list):
+        raise DataError(
+            f'{path}: is not {{"task": ..., "golds": [...]}}. Put LaMP\'s own outputs file there.'
+        )
+    if content.get("task") != spec.official_name:
+        raise DataError(
+            f"{path}: its task is {content.get('task')!r}, not {spec.official_name!r}. "
+            "Put the file of the right task there."
+        )
+    golds: dict[str, str] = {}
+    for position, row in enumerate(content["golds"], start=1):
+        if not isinstance(row, dict) or not _is_scalar(row.get("id")) or not _is_scalar(row.get("output")):
+            raise DataError(
+                f'{path}: gold number {position} is not {{"id": ..., "output": ...}}. Mend the row.'
+            )
+        row_id, gold = str(row["id"]), str(row["output"])
+        if row_id in golds:
+            raise DataError(f"{path}: gold {row_id!r} occurs twice. Remove one of the two.")
+        if spec.labels and gold not in spec.labels:
+            raise DataError(
+                f"{path}: gold {row_id!r} is {gold!r}, not one of {', '.join(spec.labels)}. Mend the row."
+            )
+        if not gold.strip():
+            raise DataError(f"{path}: gold {row_id!r} is empty. Mend the row or remove it from both files.")
+        golds[row_id] = gold
+    return golds
+
+
+def _example(row: dict[str, Any], where: str, spec: Task, split: Split) -> Example:
+    for key in ("id", "input"):
+        if not _is_scalar(row.get(key)):
+            raise DataError(f"{where}: has no {key!r}. Mend the row.")
+    if not str(row["input"]).strip():
+        raise DataError(f"{where}: its 'input' is empty. Mend the row.")
+    if not isinstance(row.get("profile"), list):
+        raise DataError(f"{where}: its 'profile' is not an array. Mend the row.")
+    try:
+        profile = tuple(_item(item, where, spec) for item in row["profile"])
+        if len({item.date is None for item in profile}) > 1:
+            raise DataError(
+                f"{where}: some of its profile items have a date and some have none. Mend the row."
+            )
+        user_id = row.get("user_id")
+        if user_id is not None and (not _is_scalar(user_id) or not str(user_id).strip()):
+            raise DataError(f"{where}: its 'user_id' is {user_id!r}. Mend the row.")
+        return Example(
+            id=f"{spec.name}:{split}:{row['id']}",
+            task=spec.name,
+            split=split,
+            user_id=_fingerprint(profile) if user_id is None else str(user_id),
+            query=str(row["input"]),
+            profile=profile,
+            gold="",
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise DataError(
+            f"{where}: {problem['msg']} (in {'.'.join(map(str, problem['loc']))}). Mend the row."
+        ) from None
+
+
+def _item(item: object, where: str, spec: Task) -> ProfileItem:
+    if not isinstance(item, dict) or not _is_scalar(item.get("id")):
+        raise DataError(f"{where}: a profile item is not an object with an id. Mend the row.")
+    for field in spec.fields:
+        if not _is_scalar(item.get(field)):
+            raise DataError(
+                f"{where}: profile item {item['id']!r} has no {field!r}. "
+                f"Items of {spec.official_name} have {', '.join(spec.fields)}."
+            )
+    date = item.get("date")
+    if date is not None:
+        try:
+            date_key(str(date))
+        except DataError as error:
+            raise DataError(f"{where}: profile item {item['id']!r}: {error}") from None
+    return ProfileItem(
+        id=str(item["id"]),
+        fields={field: str(item[field]) for field in spec.fields},
+        date=None if date is None else str(date),
+    )
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _fingerprint(profile: Sequence[ProfileItem]) -> str:
+    """Derive a user id from what the profile says, whatever the order of its items (S2)."""
+    digest = hashlib.sha256()
+    for content in sorted(json.dumps([item.date, item.fields], sort_keys=True) for item in profile):
+        digest.update(content.encode())
+    return f"{DERIVED_USER}{digest.hexdigest()[:16]}"
