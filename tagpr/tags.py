@@ -1,11 +1,12 @@
-"""The tags of a reasoning chain and the shape of a response: definitions, one linear parser, the checks (S11, S24, S26).
+"""The tags of a reasoning chain and the shape of a response: one linear parser, the checks (S11, S24, S26).
 
-Grammar. A *tag* is ``<name>`` or ``</name>`` with a name of ``[A-Za-z_][\\w-]*`` and nothing else between the brackets,
-so that ``3 < 4``, ``<3`` and ``<br/>`` are plain text. A *segment* is ``<name> text </name>``. Reasoning is a sequence of
-segments; between them only white space may stand. A *response* is ``<think>`` reasoning ``</think>`` answer.
+Grammar. A *tag* is ``<name>`` or ``</name>`` with a name of ``[A-Za-z_][\\w-]*`` and nothing else between
+the brackets, so that ``3 < 4``, ``<3`` and ``<br/>`` are plain text. A *segment* is ``<name> text
+</name>``. Reasoning is a sequence of segments; between them only white space may stand. A *response* is
+``<think>`` reasoning ``</think>`` answer.
 
-Every function runs in time linear in the text: a back-reference regex such as ``<(\\w+)>.*?</\\1>`` takes seconds on a few
-hundred adversarial characters, and the policy writes what it likes.
+Every function runs in time linear in the text: a back-reference regex such as ``<(\\w+)>.*?</\\1>`` takes
+seconds on a few hundred adversarial characters, and the policy writes what it likes.
 """
 
 import re
@@ -40,12 +41,13 @@ _CHAT_MARKUP = ("think", "tool_call", "tool_response")
 # Possessive quantifiers (*+, ?+) never give back what they took, so no input makes a match attempt backtrack.
 _NAME = re.compile(r"[A-Za-z_][\w-]*+")
 _TAG = re.compile(r"<(/?+)([A-Za-z_][\w-]*+)>")
-_CONTROL = re.compile(r"<(?=[|\uFF5C])")
+_CONTROL_START = re.compile(r"<(?=[|\uFF5C])")
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]++\|>")
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Tagged reasoning, read from left to right up to the first problem; ``problem`` is empty when there is none."""
+    """Tagged reasoning, read up to the first problem; ``problem`` is its name, or empty."""
 
     segments: list[tuple[str, str]]
     """(tag, text without the white space around it), in order; empty texts included."""
@@ -56,8 +58,8 @@ class Segments:
 class Response:
     """A response taken apart; ``problem`` names the first violated rule of S24, or is empty.
 
-    ``reasoning`` and ``answer`` have no white space around them. Both are empty where the ``<think>`` pair itself is
-    broken, since then nobody can say which is which.
+    ``reasoning`` and ``answer`` have no white space around them. Both are empty where the ``<think>`` pair
+    itself is broken, since then nobody can say which is which.
     """
 
     reasoning: str
@@ -67,7 +69,7 @@ class Response:
 
 @lru_cache(maxsize=64)
 def _reserved(vocabulary: tuple[str, ...]) -> re.Pattern[str]:
-    """What text may not contain to be harmless: chat markup and the vocabulary's tags, in any case and spacing."""
+    """What harmless text does not contain: chat markup and the vocabulary's tags, in any case and spacing."""
     for name in vocabulary:
         if not _NAME.fullmatch(name) or name.lower() in _CHAT_MARKUP:
             raise ConfigError(
@@ -82,8 +84,8 @@ def _reserved(vocabulary: tuple[str, ...]) -> re.Pattern[str]:
 def strip_tags(text: str, vocabulary: Sequence[str] = TAGS) -> str:
     """Text without the vocabulary's tags: the source chain up to white space (S12).
 
-    Neighbouring pieces are joined by one space, or by a blank line where the text had one; white space inside a piece
-    stays. Other tags are left alone.
+    Neighbouring pieces are joined by one space, or by a blank line where the text had one; white space
+    inside a piece stays. Other tags are left alone.
 
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
@@ -158,8 +160,9 @@ def parse_segments(reasoning: str, vocabulary: Sequence[str] = TAGS) -> Segments
 def check_tags(reasoning: str, minimum: int = 3, vocabulary: Sequence[str] = TAGS) -> str:
     """The logical checks behind R_tag (eq. 9, S26): the first problem's name, or an empty string.
 
-    All of: every problem of :func:`parse_segments`, then ``too_few_segments``, when fewer than ``minimum`` segments say
-    anything (an empty segment is allowed but does not count). The same tag may occur any number of times.
+    All of: every problem of :func:`parse_segments`, then ``too_few_segments``, when fewer than ``minimum``
+    segments say anything (an empty segment is allowed but does not count). The same tag may occur any
+    number of times.
     """
     parsed = parse_segments(reasoning, vocabulary)
     if parsed.problem:
@@ -170,14 +173,15 @@ def check_tags(reasoning: str, minimum: int = 3, vocabulary: Sequence[str] = TAG
 
 
 def split_response(text: str, vocabulary: Sequence[str] = TAGS) -> Response:
-    """Take a response apart (S24): exactly one ``<think>…</think>`` first, then a non-empty answer without tags.
+    """Take a response apart (S24): one ``<think>…</think>`` first, then a non-empty answer without tags.
 
-    White space around the parts is dropped, and so is one ``<|im_end|>`` at the end. Problems, in the order of the checks:
-    ``empty_response``; ``no_think``: neither mark; ``several_thinks``: one of the marks twice; ``think_unopened`` and
-    ``think_unclosed``: one mark only; ``think_not_first``: text before ``<think>``, or the marks in the wrong order;
-    ``control_token``: ``<|`` anywhere, which only a forged or a second end of turn can be; ``empty_reasoning``;
-    ``empty_answer``; ``tag_in_answer``: one of the vocabulary's tags or of the chat format's, in any case or spacing
-    (HTML such as ``<i>``, which real titles contain, is no tag here).
+    White space around the parts is dropped, and so is one ``<|im_end|>`` at the end. Problems, in the order
+    of the checks: ``empty_response``; ``no_think``: neither mark; ``several_thinks``: one of the marks
+    twice; ``think_unopened`` and ``think_unclosed``: one mark only; ``think_not_first``: text before
+    ``<think>``, or the marks in the wrong order; ``control_token``: ``<|name|>`` anywhere, such as a second
+    end of turn; ``empty_reasoning``; ``empty_answer``; ``tag_in_answer``: one of the vocabulary's tags or
+    of the chat format's, in any case or spacing (HTML such as ``<i>``, which real titles contain, is no tag
+    here).
 
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
@@ -201,7 +205,7 @@ def split_response(text: str, vocabulary: Sequence[str] = TAGS) -> Response:
     if problem:
         return Response("", "", problem)
     reasoning, answer = (part.strip() for part in text[len(THINK_OPEN) :].split(THINK_CLOSE))
-    if _CONTROL.search(text):
+    if _CONTROL_TOKEN.search(text):
         problem = "control_token"
     elif not reasoning:
         problem = "empty_reasoning"
@@ -226,13 +230,14 @@ def format_response(reasoning: str, answer: str, vocabulary: Sequence[str] = TAG
 
 
 def neutralise(text: str, vocabulary: Sequence[str] = TAGS) -> str:
-    """Make untrusted text unable to act as a control token, a chat mark or a reasoning tag, and change nothing else.
+    """Make untrusted text unable to act as a control token, chat mark or reasoning tag; change nothing else.
 
-    The angle brackets of ``<|``, of ``<think>`` and its like, and of the vocabulary's tags (opening or closing, any case,
-    any white space within) become single guillemets (``‹``, ``›``). Idempotent. Texts that were made harmless one by one
-    stay so when joined, unless the joint itself makes a mark: put a separator between them.
+    The angle brackets of ``<|``, of ``<think>`` and its like, and of the vocabulary's tags (opening or
+    closing, any case, any white space within) become single guillemets (``‹``, ``›``). Idempotent. Texts
+    that were made harmless one by one stay so when joined, unless the joint itself makes a mark: put a
+    separator between them.
 
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
     """
-    return _CONTROL.sub("‹", _reserved(tuple(vocabulary)).sub(r"‹\1›", text))
+    return _CONTROL_START.sub("‹", _reserved(tuple(vocabulary)).sub(r"‹\1›", text))
