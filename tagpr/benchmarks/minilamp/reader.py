@@ -1,9 +1,9 @@
-"""A SIMULATED teacher, tagger and judge for MiniLaMP. They read a prompt's text, never a user's hidden traits.
+"""A SIMULATED teacher, tagger and judge for MiniLaMP: they read a prompt's text, never hidden traits.
 
 The chains follow a small grammar: four short sentences, each with its tag, then the answer. The teacher makes
-mistakes at given rates, so that filters have something to filter and RL something to mend: it misreads the pattern
-(lamp1-3), it ignores the profile (lamp4/5/7, a systematic fault that passes a ROUGE filter), it rambles, and it
-guesses closing words.
+mistakes at given rates, so that filters have something to filter and RL something to mend: it misreads the
+pattern (lamp1-3), it ignores the profile (lamp4/5/7, a systematic fault that passes a ROUGE filter), it
+rambles, and it guesses closing words.
 """
 
 import random
@@ -132,8 +132,8 @@ def tagged(steps: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> str:
 def segment(reasoning: str) -> list[tuple[str, str]]:
     """Steps of an untagged chain: (tag, sentence without its full stop), as the simulated tagger sees them.
 
-    A sentence outside the grammar is taken as ``evaluate_reference``. ``untagged(segment(x)) == x`` for any ``x``
-    of sentences that end in "." and are joined by one space.
+    A sentence outside the grammar is taken as ``evaluate_reference``. ``untagged(segment(x)) == x`` for any
+    ``x`` of sentences that end in "." and are joined by one space.
     """
     body = reasoning.strip()
     sentences = body.removesuffix(".").split(". ") if body else []
@@ -143,9 +143,9 @@ def segment(reasoning: str) -> list[tuple[str, str]]:
 def quality(prompt: str, reasoning: str, answer: str) -> tuple[int, int, int, int]:
     """The simulated judge: coherence, accuracy, completeness, relevance, 1-5 each (S8).
 
-    It knows repetition, rambling, missing steps and a misread pattern, and is lenient about a chain that ignores
-    the profile in lamp4/5/7: most of those pass, since that fault is RL's to mend. Deterministic. A total above 15
-    is kept.
+    It knows repetition, rambling, missing steps and a misread pattern, and is lenient about a chain that
+    ignores the profile in lamp4/5/7: most of those pass, since that fault is RL's to mend. Deterministic. A
+    total above 15 is kept.
 
     Raises:
         DataError: the text is not a MiniLaMP prompt.

@@ -1,19 +1,15 @@
 """The SYNTHETIC world of MiniLaMP: what its users can prefer, what they have written, what they would answer.
 
-Every user has one visible trait per task, which the newest profile items show (10 % of them off-trait), and one
-hidden habit: a closing word, which stands at the end of the older items and of some gold answers only. A reader of
-the newest items can know the former and not the latter; a row per user in a reward model can learn both.
+Every user has one visible trait per task, which the newest profile items show (10 % of them off-trait), and
+one hidden habit: a closing word, which stands at the end of the older items and of some gold answers only.
+A reader of the newest items can know the former only; a row per user in a reward model can learn both.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# lamp2's label list, in the order of LaMP's prompt.
-MOVIE_TAGS = (
-    "sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy", "classic",
-    "psychology", "fantasy", "romance", "thought-provoking", "social commentary", "violence", "true story",
-)  # fmt: skip
+from tagpr.benchmarks.lamp import MOVIE_TAGS
 
 # lamp1: the author's field, and the words that give a field away.
 FIELDS = {
@@ -175,8 +171,8 @@ def question(task: str, user: User, rng: random.Random, closing_share: float) ->
         rng.shuffle(fields)
         first, second = (f"A {rng.choice(FIELDS[name])} {rng.choice(PAPER_KINDS)}" for name in fields)
         query = (
-            f'For an author who has written the paper with the title "A new {rng.choice(PAPER_KINDS)}", which '
-            "reference is related? Just answer with [1] or [2] without explanation. "
+            f'For an author who has written the paper with the title "A new {rng.choice(PAPER_KINDS)}", '
+            "which reference is related? Just answer with [1] or [2] without explanation. "
             f'[1]: "{first}" [2]: "{second}"'
         )
         return query, f"[{fields.index(user.field) + 1}]"
@@ -190,8 +186,8 @@ def question(task: str, user: User, rng: random.Random, closing_share: float) ->
     if task == "lamp3":
         text, level = _review(rng)
         query = (
-            "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
-            f"without further explanation. review: {text}"
+            "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, "
+            f"or 5 without further explanation. review: {text}"
         )
         return query, str(level + user.bias)
     style = STYLES[task]
