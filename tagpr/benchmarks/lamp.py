@@ -132,13 +132,13 @@ _NUMBER = re.compile(r"(?<![\w.,/-])[0-9]+(?:\.[0-9]+)?(?![\w/%-]|[.,][0-9])")
 
 
 def parse_answer(task: str, answer: str) -> str:
-    """Return the answer that a model's text gives, or the stripped text where it gives none or more than one.
+    """Return the answer that a model's text gives, or the stripped text where it gives none or several.
 
     Generation: white space is stripped, nothing else, as the official metric does. Classification and rating:
-    the label in its official spelling if the text is one (``**Comedy**``), or names exactly one of the list as
-    whole words (``The answer is [2].``, ``Tag: comedy``, ``4 out of 5``). Text that names several, or negates
-    (``not comedy``), is ambiguous and comes back as it is: it then scores as a wrong answer, never as a lucky
-    guess. The official code only strips; ``answer.strip()`` is that stricter reading.
+    the label in its official spelling if the text is one (``**Comedy**``) or names exactly one as whole words
+    (``The answer is [2].``, ``Tag: comedy``, ``4 out of 5``). Text that names several, or negates (``not
+    comedy``), is ambiguous and comes back as it is: it then scores as a wrong answer, never as a lucky guess.
+    The official code only strips; ``answer.strip()`` is that stricter reading.
     """
     spec = get_task(task)
     text = answer.strip()
