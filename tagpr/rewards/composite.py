@@ -1,0 +1,129 @@
+"""The reward of one response and everything it was made of (eq. 5 guided, eq. 11 exploratory; S27, S28)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tagpr.errors import ConfigError, RewardServerError
+from tagpr.metrics import RougeKind
+from tagpr.rewards.format import format_reward
+from tagpr.rewards.repetition import repetition_reward
+from tagpr.rewards.tag import tag_reward
+from tagpr.rewards.verifiable import verifiable_reward
+from tagpr.schema import PrmuScore, RewardBreakdown
+from tagpr.tags import TAGS, split_response
+
+Mode = Literal["guided", "exploratory"]
+Guard = Literal["literal", "no_escape"]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardWeights:
+    """Weights of eq. 5; the defaults are the paper's.
+
+    ``guard`` decides what a broken format does to the foundation (R_v + R_rep) * R_f. ``literal``: it becomes
+    0, as written, so that a wrong answer with repetition (R_v + R_rep < 0) gains by breaking the format.
+    ``no_escape``: R_rep is left of it, and since R_v >= 0, breaking the format never pays.
+
+    Raises:
+        ConfigError: a weight is not finite, or the guard is unknown.
+    """
+
+    alpha: float = 0.8
+    beta: float = 0.8
+    gamma: float = 0.2
+    guard: Guard = "literal"
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)}: not a finite weight. Set a number.")
+        if self.guard not in get_args(Guard):
+            raise ConfigError(f"guard={self.guard}: no such guard. Use {' or '.join(get_args(Guard))}.")
+
+
+def foundation(verifiable: float, repetition: float, format_ok: float, guard: Guard = "literal") -> float:
+    """(R_v + R_rep) * R_f: all of eq. 11, and the part of eq. 5 that alpha weighs."""
+    if guard == "no_escape" and format_ok == 0.0:
+        return repetition
+    return (verifiable + repetition) * format_ok + 0.0  # never -0.0
+
+
+def guided(
+    verifiable: float, repetition: float, format_ok: float, tag: float, prmu: float, weights: RewardWeights
+) -> float:
+    """Eq. 5: alpha * (R_v + R_rep) * R_f + beta * R_tag + gamma * R_PRMU."""
+    base = foundation(verifiable, repetition, format_ok, weights.guard)
+    return weights.alpha * base + weights.beta * tag + weights.gamma * prmu
+
+
+def exploratory(verifiable: float, repetition: float, format_ok: float, guard: Guard = "literal") -> float:
+    """Eq. 11: (R_v + R_rep) * R_f, without alpha."""
+    return foundation(verifiable, repetition, format_ok, guard)
+
+
+def score_response(
+    task: str,
+    gold: str,
+    response_text: str,
+    token_ids: Sequence[int],
+    mode: Mode,
+    weights: RewardWeights,
+    prmu: PrmuScore | None,
+    *,
+    rouge: RougeKind = "mean",
+    vocabulary: Sequence[str] = TAGS,
+    minimum_segments: int = 3,
+    repetition_n: int = 4,
+    repetition_delta: float = 1e-6,
+) -> RewardBreakdown:
+    """Score one response of the policy.
+
+    ``response_text`` may end in one ``<|im_end|>``; ``token_ids`` are the policy's own tokens of the same
+    response. Every component is computed in both modes, so that their curves go on when the mode changes;
+    exploratory adds neither R_tag nor R_PRMU. ``failure`` names the first check that failed: those of the
+    format (``tags.split_response``), then those of the tags (``tags.check_tags``); a wrong answer is no
+    failure.
+
+    Raises:
+        ConfigError: guided with gamma != 0 but no ``prmu`` (a missing score is never a 0), or an unknown
+            mode, task or setting.
+        DataError: the gold answer is empty.
+        RewardServerError: PRMU's logit is not finite, or its score is no probability.
+    """
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode={mode}: no such reward. Use {' or '.join(get_args(Mode))}.")
+    if mode == "guided" and weights.gamma != 0.0 and prmu is None:
+        raise ConfigError(
+            f"gamma={weights.gamma}: the guided reward needs PRMU's score of every response. "
+            "Serve PRMU, or set gamma to 0."
+        )
+    if prmu is not None and not (math.isfinite(prmu.logit) and 0.0 <= prmu.score <= 1.0):
+        raise RewardServerError(
+            f"prmu: logit {prmu.logit} and score {prmu.score} are no score. Check the reward server's model."
+        )
+    response = split_response(response_text, vocabulary)
+    format_ok = format_reward(response)
+    verifiable = verifiable_reward(task, gold, response, rouge)
+    repetition = repetition_reward(token_ids, repetition_n, repetition_delta)
+    tag, tag_problem = tag_reward(response.reasoning, minimum_segments, vocabulary)
+    if mode == "guided":
+        personal = prmu.score if prmu is not None else 0.0  # gamma is 0 then
+        reward = guided(verifiable, repetition, format_ok, tag, personal, weights)
+    else:
+        reward = exploratory(verifiable, repetition, format_ok, weights.guard)
+    components = (reward, verifiable, repetition, format_ok, tag)
+    assert all(math.isfinite(value) for value in components), components
+    return RewardBreakdown(
+        reward=reward,
+        verifiable=verifiable,
+        repetition=repetition,
+        format=format_ok,
+        tag=tag,
+        prmu=None if prmu is None else prmu.score,
+        prmu_logit=None if prmu is None else prmu.logit,
+        prmu_unknown_user=None if prmu is None else prmu.unknown_user,
+        prmu_version=None if prmu is None else prmu.version,
+        failure=response.problem or tag_problem,
+    )
