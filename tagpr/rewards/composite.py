@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from tagpr.errors import ConfigError, RewardServerError
@@ -72,6 +72,7 @@ def score_response(
     weights: RewardWeights,
     prmu: PrmuScore | None,
     *,
+    finished: bool = True,
     rouge: RougeKind = "mean",
     vocabulary: Sequence[str] = TAGS,
     minimum_segments: int = 3,
@@ -81,7 +82,8 @@ def score_response(
     """Score one response of the policy.
 
     ``response_text`` may end in one ``<|im_end|>``; ``token_ids`` are the policy's own tokens of the same
-    response. Every component is computed in both modes, so that their curves go on when the mode changes;
+    response; ``finished`` is false where the policy ran into its token limit, which breaks the format however
+    whole the text looks. Every component is computed in both modes, so that their curves go on when the mode changes;
     exploratory adds neither R_tag nor R_PRMU. ``failure`` names the first check that failed: those of the
     format (``tags.split_response``), then those of the tags (``tags.check_tags``); a wrong answer is no
     failure.
@@ -104,6 +106,8 @@ def score_response(
             f"prmu: logit {prmu.logit} and score {prmu.score} are no score. Check the reward server's model."
         )
     response = split_response(response_text, vocabulary)
+    if not finished and not response.problem:
+        response = replace(response, problem="truncated")
     format_ok = format_reward(response)
     verifiable = verifiable_reward(task, gold, response, rouge)
     repetition = repetition_reward(token_ids, repetition_n, repetition_delta)
