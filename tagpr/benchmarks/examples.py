@@ -109,10 +109,10 @@ def build_prompt(
     """Select profile items, make untrusted text harmless, render the official prompt and fit it to a budget.
 
     Every span that a user wrote (query and profile fields) is neutralised before it is rendered. A prompt
-    over ``max_tokens`` is made to fit in the spirit of the official code, which gives each item an equal share
-    and passes on what short ones leave: the task's long field is cut to a common number of words in every item,
-    the largest number that fits; if ``MIN_WORDS`` are still too many, the last items (the oldest, with recency)
-    are dropped. The query is never cut.
+    over ``max_tokens`` is made to fit in the spirit of the official code, which gives each item an equal
+    share and passes on what short ones leave: the task's long field is cut to a common number of words, the
+    largest that fits; if ``MIN_WORDS`` are still too many, the last items (the oldest, with recency) are
+    dropped. The query is never cut.
 
     Args:
         example: the row; its profile in file order.

@@ -217,16 +217,16 @@ def iterate_split(directory: Path, task: str, split: Split) -> Iterator[Example]
     golds = _read_golds(outputs, spec)
     seen: set[str] = set()
     for position, row in enumerate(read_objects(questions), start=1):
-        example = _example(row, f"{questions}: question {row.get('id', f'number {position}')!r}", spec, split)
+        where = f"{questions}: question {row.get('id', f'number {position}')!r}"
+        if not _is_scalar(row.get("id")):
+            raise DataError(f"{where}: has no 'id'. Mend the row.")
         row_id = str(row["id"])
         if row_id in seen:
-            raise DataError(f"{questions}: question {row_id!r} occurs twice. Remove one of the two.")
+            raise DataError(f"{where}: occurs twice. Remove one of the two.")
         seen.add(row_id)
         if row_id not in golds:
-            raise DataError(
-                f"{questions}: question {row_id!r} has no gold in {outputs.name}. Use matching files."
-            )
-        yield example.model_copy(update={"gold": golds[row_id]})
+            raise DataError(f"{where}: has no gold in {outputs.name}. Use matching files.")
+        yield _example(row, where, spec, split, golds[row_id])
     left = [row_id for row_id in golds if row_id not in seen]
     if left:
         raise DataError(
@@ -275,12 +275,9 @@ def _read_golds(path: Path, spec: Task) -> dict[str, str]:
     return golds
 
 
-def _example(row: dict[str, Any], where: str, spec: Task, split: Split) -> Example:
-    for key in ("id", "input"):
-        if not _is_scalar(row.get(key)):
-            raise DataError(f"{where}: has no {key!r}. Mend the row.")
-    if not str(row["input"]).strip():
-        raise DataError(f"{where}: its 'input' is empty. Mend the row.")
+def _example(row: dict[str, Any], where: str, spec: Task, split: Split, gold: str) -> Example:
+    if not _is_scalar(row.get("input")) or not str(row["input"]).strip():
+        raise DataError(f"{where}: has no 'input'. Mend the row.")
     if not isinstance(row.get("profile"), list):
         raise DataError(f"{where}: its 'profile' is not an array. Mend the row.")
     try:
@@ -299,7 +296,7 @@ def _example(row: dict[str, Any], where: str, spec: Task, split: Split) -> Examp
             user_id=_fingerprint(profile) if user_id is None else str(user_id),
             query=str(row["input"]),
             profile=profile,
-            gold="",
+            gold=gold,
         )
     except ValidationError as error:
         problem = error.errors()[0]
