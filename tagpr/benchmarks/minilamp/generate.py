@@ -1,7 +1,6 @@
 """Write MiniLaMP: six tasks of SYNTHETIC users in LaMP's time-split file format (FACTS 6)."""
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,8 +8,11 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+from tagpr.benchmarks.lamp import render_prompt
 from tagpr.benchmarks.minilamp.world import OFF_TRAIT, TASK_NAMES, User, history, population, question
 from tagpr.errors import ConfigError
+from tagpr.runs import write_text_atomically
+from tagpr.schema import ProfileItem
 
 PROFILE_ITEMS = 16
 NEWEST = 8
@@ -18,13 +20,13 @@ NEWEST = 8
 CLOSING_SHARE = 0.3
 """Share of gold answers in lamp4/5/7 that end on the user's closing word."""
 
-_README = f"""SYNTHETIC. MiniLaMP: made-up users with hidden preferences, in the files of LaMP's time-based split.
+_README = f"""SYNTHETIC. MiniLaMP: made-up users with hidden preferences, in the files of LaMP's time split.
 
 No number measured on these files belongs beside one measured on LaMP.
 
-LaMP_<n>/<split>/<split>_questions.json   [{{id, input, profile, user_id}}]; {PROFILE_ITEMS} dated items in no order
-LaMP_<n>/<split>/<split>_outputs.json     {{task, golds: [{{id, output}}]}}
-traits.json                               what each user prefers: for tests and analysis, never for training
+LaMP_<n>/<split>/<split>_questions.json  [{{id, input, profile, user_id}}], {PROFILE_ITEMS} dated items
+LaMP_<n>/<split>/<split>_outputs.json    {{task, golds: [{{id, output}}]}}
+traits.json                              what each user prefers: for tests and analysis, never for training
 
 What the {NEWEST} newest items show (about {OFF_TRAIT:.0%} of the items are off-trait):
   LaMP_1      the author's field
@@ -48,16 +50,16 @@ def write(
     """Write every file of MiniLaMP below ``directory``; the same arguments give the same bytes.
 
     Users "0", "1", ... are the training users. Every other dev row of a task belongs to one of the first
-    ``dev_seen_users`` of them, the rest to ``dev_unseen_users`` that training never sees. Files that are there
-    are overwritten, each atomically.
+    ``dev_seen_users`` of them, the rest to ``dev_unseen_users`` that training never sees. Files that are
+    there are overwritten, each atomically.
 
     Raises:
         ConfigError: more seen users than training users, or no users for rows that are asked for.
     """
     if not 0 < dev_seen_users <= train_users or dev_unseen_users < 1:
         raise ConfigError(
-            f"dev_seen_users={dev_seen_users}, dev_unseen_users={dev_unseen_users}: must be at least 1, and the "
-            f"seen ones among the {train_users} training users. Change them."
+            f"dev_seen_users={dev_seen_users}, dev_unseen_users={dev_unseen_users}: must be at least 1, and "
+            f"the seen ones among the {train_users} training users. Change them."
         )
     training = population(seed, train_users)
     unseen = population(seed, dev_unseen_users, first=train_users)
@@ -73,8 +75,16 @@ def write(
         user.user_id: asdict(user) | {"openings": dict(user.openings), "in_training": user in training}
         for user in training + unseen
     }
-    _replace(directory / "traits.json", json.dumps(traits, indent=1))
-    _replace(directory / "README.txt", _README)
+    write_text_atomically(directory / "traits.json", json.dumps(traits, indent=1))
+    write_text_atomically(directory / "README.txt", _README)
+
+
+def draw(task: str, user: User, rng: random.Random, items: int = NEWEST) -> tuple[str, str]:
+    """A fresh row as a model sees it: LaMP's prompt with the ``items`` newest profile items, and the gold."""
+    query, gold = question(task, user, rng, CLOSING_SHARE)
+    newest_first = reversed(history(task, user, rng, items, NEWEST))
+    profile = [ProfileItem(id=str(place), fields=fields) for place, fields in enumerate(newest_first)]
+    return render_prompt(task, query, profile), gold
 
 
 def _write_split(directory: Path, task: str, split: str, users: Sequence[User], seed: int) -> None:
@@ -88,8 +98,10 @@ def _write_split(directory: Path, task: str, split: str, users: Sequence[User], 
         questions.append({"id": row_id, "input": query, "profile": profile, "user_id": user.user_id})
         golds.append({"id": row_id, "output": gold})
     folder = directory / f"LaMP_{number}" / split
-    _replace(folder / f"{split}_questions.json", json.dumps(questions))
-    _replace(folder / f"{split}_outputs.json", json.dumps({"task": f"LaMP_{number}", "golds": golds}))
+    write_text_atomically(folder / f"{split}_questions.json", json.dumps(questions))
+    write_text_atomically(
+        folder / f"{split}_outputs.json", json.dumps({"task": f"LaMP_{number}", "golds": golds})
+    )
 
 
 def _dated(row_id: str, items: Sequence[dict[str, str]], rng: random.Random) -> list[dict[str, Any]]:
@@ -101,10 +113,3 @@ def _dated(row_id: str, items: Sequence[dict[str, str]], rng: random.Random) -> 
         profile.append({"id": f"{row_id}{index:02d}", **item, "date": day.isoformat()})
     rng.shuffle(profile)
     return profile
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

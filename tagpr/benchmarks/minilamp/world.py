@@ -135,6 +135,14 @@ def compose(task: str, opening: str, subject: str, action: str, closing: str = "
     return f"{opening} {body} {closing}".rstrip()
 
 
+def visible(task: str, answer: str) -> str:
+    """The part of an answer that a reader of the newest items can know: without a closing word."""
+    words = answer.split()
+    if task in STYLES and words and words[-1] in STYLES[task].closings:
+        return " ".join(words[:-1])
+    return answer
+
+
 def profile_item(task: str, user: User, rng: random.Random, old: bool) -> dict[str, str]:
     """One past interaction in LaMP's fields; ``old`` ones end on the user's closing word (lamp4/5/7)."""
     off_trait = rng.random() < OFF_TRAIT
