@@ -83,6 +83,9 @@ def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | No
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for ours in ("tagpr", "data_pipeline", "reward_server"):
+        # Explicitly: verl sets the root logger's level when it is imported.
+        logging.getLogger(ours).setLevel(logging.INFO)
     for chatty in ("httpx", "httpcore", "openai", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

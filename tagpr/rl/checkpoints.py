@@ -1,0 +1,62 @@
+"""Which checkpoint a run can go on from, and the Hugging Face folder that a finished run hands over."""
+
+import json
+import shutil
+from pathlib import Path
+
+from tagpr.errors import StageError
+from tagpr.runs import write_json_atomically
+
+MARKER = "complete.json"
+
+
+def _folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"global_step_{step}"
+
+
+def mark_complete(checkpoints: Path, step: int) -> None:
+    """Declare that the checkpoint of a step was written whole (verl's own tracker file is written in place)."""
+    write_json_atomically(_folder(checkpoints, step) / MARKER, {"step": step})
+
+
+def latest_complete(checkpoints: Path) -> tuple[int, Path] | None:
+    """Newest checkpoint with a marker, as (step, folder); half-written ones are passed over."""
+    found = []
+    for marker in checkpoints.glob(f"global_step_*/{MARKER}"):
+        step = json.loads(marker.read_text())["step"]
+        if (marker.parent / "actor").is_dir():
+            found.append((step, marker.parent))
+    return max(found, default=None)
+
+
+def export_model(checkpoint: Path, destination: Path) -> None:
+    """Write the policy of a checkpoint as a Hugging Face folder, atomically.
+
+    Raises:
+        StageError: the checkpoint holds no weights in a known form.
+    """
+    actor = checkpoint / "actor"
+    ready = actor / "huggingface"
+    temporary = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if any(ready.glob("*.safetensors")):
+        shutil.copytree(ready, temporary)
+    elif any(actor.glob("model_world_size_*_rank_0.pt")):
+        from verl.model_merger.base_model_merger import ModelMergerConfig
+        from verl.model_merger.fsdp_model_merger import FSDPModelMerger
+
+        merger = FSDPModelMerger(
+            ModelMergerConfig(
+                operation="merge",
+                backend="fsdp",
+                local_dir=str(actor),
+                target_dir=str(temporary),
+                hf_model_config_path=str(ready),
+            )
+        )
+        merger.merge_and_save()
+        merger.cleanup()
+    else:
+        raise StageError(f"{checkpoint}: holds no policy weights. Delete the folder and run the same command again.")
+    shutil.rmtree(destination, ignore_errors=True)
+    temporary.replace(destination)

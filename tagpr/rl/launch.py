@@ -1,0 +1,248 @@
+"""One RL stage from its configuration: check, prepare, serve the reward, train, hand over a model.
+
+Guided and exploratory RL differ in ``objective.mode`` and in the model they start from, nothing else (paper section 3.4).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tagpr.console import library_output_to
+from tagpr.errors import ConfigError, RewardServerError, StageError
+from tagpr.prmu.client import check_server
+from tagpr.prmu.local_server import local_server
+checkpoint_version = None
+from tagpr.prmu.wire import read_token
+from tagpr.rl.checkpoints import export_model, latest_complete
+from tagpr.rl.checks import check
+from tagpr.rl.data import draw, examples_of, write_rows
+from tagpr.runs import check_model_folder, manifest, write_json_atomically, write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+RECIPES = {"guided": "sft.sh", "exploratory": "guided_rl.sh"}
+
+
+def run(config: DictConfig) -> None:
+    """Train until ``trainer.total_training_steps``, going on from the last complete checkpoint; then export the model.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+        StageError: what this stage starts from is missing.
+        RewardServerError: the reward server is another one than configured, or stayed away too long.
+    """
+    check(config)
+    make_paths_absolute(config)
+    start_model = config.actor_rollout_ref.model.path
+    check_model_folder(start_model, "actor_rollout_ref.model.path", RECIPES[config.objective.mode])
+    run_dir = Path(config.run.dir)
+    model = run_dir / "model"
+    steps_file = run_dir / "finished.json"
+    if model.is_dir() and steps_file.is_file():
+        logger.info("%s is finished: %s. Delete the folder, or set run.name, to train again.", config.run.name, model)
+        return
+
+    # 1. What is asked, as verl reads it
+    prompts = prepare_rows(config)
+    steps_per_epoch = prompts // config.data.train_batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it.")
+    steps = config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs
+    resumed = resume_from_complete_checkpoint(config)
+    logger.info(
+        "%s RL: %s, %d prompts, %d steps (%d an epoch) of %d x %d responses, lr %g, clip %g/%g, on %s",
+        config.objective.mode, start_model, prompts, steps, steps_per_epoch, config.data.train_batch_size,
+        config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor.optim.lr,
+        config.actor_rollout_ref.actor.clip_ratio_low, config.actor_rollout_ref.actor.clip_ratio_high,
+        config.trainer.device,
+    )  # fmt: skip
+    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
+    inputs = {"model": Path(start_model), "train": Path(config.data.train_files), "dev": Path(config.data.val_files)}
+    record = manifest(config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed)
+    write_json_atomically(run_dir / "manifest.json", record.model_dump())
+
+    # 2. Train
+    began = time.monotonic()
+    with reward_server(config), library_output_to(run_dir / "driver.log", config.run.verbose), ray_cluster(config):
+        train_or_name_the_fault(config)
+
+    # 3. Hand over
+    last = latest_complete(Path(config.trainer.default_local_dir))
+    if last is None:
+        raise StageError(f"{config.trainer.default_local_dir}: training left no complete checkpoint. See {run_dir}/driver.log.")
+    with library_output_to(run_dir / "driver.log", config.run.verbose):
+        export_model(last[1], model)
+    write_json_atomically(steps_file, {"step": last[0]})
+    logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
+
+
+def make_paths_absolute(config: DictConfig) -> None:
+    """Ray workers have another working directory than the driver: every local path becomes absolute, in place."""
+    for node, key in (
+        (config.run, "dir"),
+        (config.data, "train_files"),
+        (config.data, "val_files"),
+        (config.trainer, "default_local_dir"),
+        (config.trainer, "rollout_data_dir"),
+        (config.actor_rollout_ref.model, "path"),
+        (config.paths, "prmu"),
+        (config.prmu_client, "token_file"),
+    ):
+        # A model may also be named by its hub id, which is no path.
+        if node[key] is not None and (Path(node[key]).exists() or not key == "path"):
+            node[key] = str(Path(node[key]).resolve())
+
+
+def prepare_rows(config: DictConfig) -> int:
+    """Render the training and validation prompts of this run; returns the number of training prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+
+    def count_tokens(text: str) -> int:
+        messages = [{"role": "user", "content": text}]
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    benchmark = config.benchmark
+    prompts = 0
+    for split, path in (("train", config.data.train_files), ("dev", config.data.val_files)):
+        examples = [e for e in examples_of(config.paths.examples, split) if e.task in benchmark.tasks]
+        if split == "train":
+            examples = draw(examples, benchmark.rl_rows, config.run.seed)
+        written = write_rows(
+            examples,
+            Path(path),
+            profile_size=benchmark.profile_size,
+            retriever=benchmark.retriever,
+            count_tokens=count_tokens,
+            max_prompt_tokens=benchmark.max_prompt_tokens,
+            seed=config.run.seed,
+        )
+        prompts = written if split == "train" else prompts
+    return prompts
+
+
+def resume_from_complete_checkpoint(config: DictConfig) -> int:
+    """Point verl at the newest complete checkpoint; returns its step, 0 for none.
+
+    verl's own choice reads a tracker file that a crash can leave torn.
+    """
+    if config.trainer.resume_mode != "auto":
+        return 0
+    found = latest_complete(Path(config.trainer.default_local_dir))
+    if found is None:
+        config.trainer.resume_mode = "disable"
+        return 0
+    step, folder = found
+    config.trainer.resume_mode = "resume_path"
+    config.trainer.resume_from_path = str(folder)
+    # The validation of this step is in metrics.jsonl already.
+    config.trainer.val_before_train = False
+    logger.info("going on after step %d (%s)", step, folder)
+    return step
+
+
+@contextmanager
+def reward_server(config: DictConfig) -> Iterator[None]:
+    """Make sure that the configured PRMU is served while the body runs; fills in ``prmu_client`` (url, version, token)."""
+    if config.objective.mode != "guided" or config.objective.gamma == 0:
+        yield
+        return
+    client = config.prmu_client
+    check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
+    version = checkpoint_version(Path(config.paths.prmu))
+    with open_dict(client):
+        client.version = version
+    if client.url is not None:
+        check_server(client.url, read_token(client.token_file), version, deadline_s=30.0)
+        yield
+        return
+    with local_server(config.paths.prmu, Path(config.run.dir), config.trainer.device) as address:
+        client.url = address.url
+        client.token_file = str(Path(address.token_file).resolve()) if address.token_file else None
+        check_server(client.url, read_token(client.token_file), version, deadline_s=30.0)
+        yield
+
+
+@contextmanager
+def ray_cluster(config: DictConfig) -> Iterator[None]:
+    """Ray while the body runs: the cluster of ``RAY_ADDRESS``, else one of this process's own.
+
+    Raises:
+        StageError: on a machine without a GPU, verl did not take the CPU platform.
+    """
+    import ray
+
+    # Raises what verl's entry-point loading would swallow.
+    import tagpr.cpu_platform.platform  # noqa: F401
+
+    environment = environment_of_workers(config)
+    os.environ.update(environment)
+    if config.trainer.device == "cpu":
+        from verl.plugin.platform import get_platform
+
+        if get_platform().device_name != "cpu":
+            raise StageError(
+                f"trainer.device=cpu: verl chose the platform {get_platform().device_name!r}. "
+                "Install the project in this environment (bash recipes/setup.sh) and unset VERL_PLATFORM."
+            )
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    arguments = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
+    assert isinstance(arguments, dict)
+    asked = arguments.pop("runtime_env", None) or {}
+    runtime_env = {**get_ppo_ray_runtime_env(config), **asked}
+    runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment, **asked.get("env_vars", {})}
+    if os.environ.get("RAY_ADDRESS"):
+        # The cluster has its own resources.
+        arguments = {"address": "auto"}
+    ray.init(**arguments, runtime_env=runtime_env)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def environment_of_workers(config: DictConfig) -> dict[str, str]:
+    """Variables that every worker of this run needs, wherever it runs; no secret among them."""
+    environment = {
+        "VERL_USE_EXTERNAL_MODULES": "tagpr.cpu_platform.platform",
+        "TENSORBOARD_DIR": str(Path(config.run.dir) / "tensorboard"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    if config.trainer.device == "cpu":
+        environment |= {
+            # One thread a process: the trainer, the rollout engine and the reward server share the cores.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            # GiB; without it each vLLM engine takes half of the machine.
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VERL_PLATFORM": "cpu",
+        }
+    return environment
+
+
+def train_or_name_the_fault(config: DictConfig) -> None:
+    """Train; where a group failed, find out whether the reward server is the reason and say so in one line."""
+    from tagpr.rl.replay_buffer import RolloutFailure
+    from tagpr.rl.trainer import train
+
+    try:
+        train(config)
+    except RolloutFailure as failure:
+        log = Path(config.run.dir) / "driver.log"
+        if config.prmu_client.url is not None and "version" in config.prmu_client:
+            try:
+                check_server(
+                    config.prmu_client.url, read_token(config.prmu_client.token_file), config.prmu_client.version, deadline_s=5.0
+                )
+            except RewardServerError as fault:
+                raise RewardServerError(f"{failure}, because the reward server is gone: {fault}") from failure
+        raise StageError(f"{failure}. The reason is in {log}; the same command goes on from the last checkpoint.") from failure
+

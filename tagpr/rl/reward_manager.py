@@ -1,0 +1,96 @@
+"""The composite reward inside verl's reward loop (``reward.reward_manager``; paper section 3.4, S23-S28).
+
+Called once per response, concurrently. A response whose PRMU score cannot be had raises: its group fails and
+``FailClosedReplayBuffer`` stops the run. No path returns a reward that was not computed.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+from verl import DataProto
+from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+
+from tagpr.errors import ConfigError
+from tagpr.prmu.client import RewardClient
+from tagpr.prmu.wire import ScoreItem, read_token
+from tagpr.rewards.composite import RewardWeights, score_response
+from tagpr.schema import PrmuScore
+
+# Components of one reward, as they appear in training metrics (reward/<component>/mean) and in the rollout dumps.
+COMPONENTS = ("total", "verifiable", "repetition", "format", "tag", "prmu")
+
+
+class TagPRRewardManager(RewardManagerBase):
+    """Eq. 5 (``objective.mode=guided``) or eq. 11 (``exploratory``) for one response at a time."""
+
+    def __init__(self, config: DictConfig, tokenizer: Any, compute_score: Any = None, **_: Any) -> None:
+        super().__init__(config, tokenizer, compute_score)
+        objective = config.objective
+        self.mode: str = objective.mode
+        self.weights = RewardWeights(alpha=objective.alpha, beta=objective.beta, gamma=objective.gamma)
+        self.client: RewardClient | None = None
+        if self.needs_prmu(config):
+            server = config.prmu_client
+            if server.url is None:
+                raise ConfigError("prmu_client.url: has no value. The launcher fills it in; set it to a reward server.")
+            self.client = RewardClient(
+                url=server.url,
+                token=read_token(server.token_file),
+                expected_version=server.version,
+                timeout_s=server.timeout_s,
+                deadline_s=server.deadline_s,
+                concurrency=server.concurrency,
+            )
+
+    @staticmethod
+    def needs_prmu(config: DictConfig) -> bool:
+        """Whether this objective asks the reward server at all (exploratory and gamma = 0 do not)."""
+        return config.objective.mode == "guided" and config.objective.gamma != 0
+
+    async def run_single(self, data: DataProto) -> dict[str, Any]:
+        """Reward of the last sequence in ``data``.
+
+        Returns:
+            ``reward_score`` and ``reward_extra_info`` with one constant set of keys, numbers and strings only (verl puts them
+            into arrays). There is no key named "reward": verl's validation would append to it twice.
+
+        Raises:
+            RewardServerError: no trustworthy PRMU score within ``prmu_client.deadline_s``.
+        """
+        item = data[-1:][0]
+        response_ids = item.batch["responses"]
+        length = int(item.batch["attention_mask"][-response_ids.shape[-1] :].sum())
+        ids = response_ids[:length].tolist()
+        finished = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        about = item.non_tensor_batch["extra_info"]
+        prmu = await self._prmu(about, item.non_tensor_batch["raw_prompt"], text)
+        breakdown = score_response(
+            task=about["task"],
+            gold=item.non_tensor_batch["reward_model"]["ground_truth"],
+            response_text=text,
+            token_ids=ids[:-1] if finished else ids,
+            finished=finished,
+            mode=self.mode,
+            weights=self.weights,
+            prmu=prmu,
+        )
+        info: dict[str, Any] = {
+            "score": breakdown.reward,
+            "total": breakdown.reward,
+            "verifiable": breakdown.verifiable,
+            "repetition": breakdown.repetition,
+            "format": breakdown.format,
+            "tag": breakdown.tag,
+            "failure": breakdown.failure,
+        }
+        if prmu is not None:
+            info |= {"prmu": prmu.score, "prmu_logit": prmu.logit, "prmu_unknown_user": float(prmu.unknown_user)}
+        return {"reward_score": breakdown.reward, "reward_extra_info": info}
+
+    async def _prmu(self, about: dict[str, Any], messages: Any, response: str) -> PrmuScore | None:
+        if self.client is None:
+            return None
+        prompt = messages[-1]["content"]
+        item = ScoreItem(id=about["example_id"], user_id=about["user_id"], prompt=prompt, response=response)
+        return (await self.client.score([item]))[0]

@@ -1,0 +1,161 @@
+"""verl's synchronous V1 trainer with what it does not do: reward components, resumable metrics, complete-checkpoint markers.
+
+A subclass, not a fork: every override calls verl's own method, except the rollout dump, which verl writes without the
+components. ``tests/contract/test_verl_hooks.py`` checks the signatures.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import transfer_queue as tq
+from omegaconf import DictConfig
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from tagpr.rl.checkpoints import mark_complete
+from tagpr.rl.metrics_log import MetricsLog, reward_metrics
+from tagpr.runs import write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class TagPRTrainer(PPOTrainerSync):
+    """One step: rollouts, rewards, old log-probabilities, group advantages, four GSPO updates, weight sync."""
+
+    def __init__(self, config: DictConfig) -> None:
+        super().__init__(config)
+        self.run_dir = Path(config.run.dir)
+        self._started = time.monotonic()
+
+    def on_init_end(self) -> None:
+        """Weights are synced and a checkpoint, where there is one, is loaded: open the metrics at its step."""
+        super().on_init_end()
+        self._metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resumed_step=int(self.global_steps))
+        logger.info(
+            "workers ready after %.0f s; %s", time.monotonic() - self._started,
+            f"resuming after step {self.global_steps}" if self.global_steps else "training from the start",
+        )  # fmt: skip
+
+    def on_validate_begin(self) -> None:
+        """verl creates its loggers just before the first validation."""
+        super().on_validate_begin()
+        self.logger.logger["run"] = self._metrics_log
+
+    def on_train_begin(self) -> None:
+        """As above, where there is no validation before training."""
+        super().on_train_begin()
+        self.logger.logger["run"] = self._metrics_log
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        shown = {name: value for name, value in metrics.items() if name.startswith("val-core/")}
+        logger.info("validation: %s", "  ".join(f"{_short(name)} {value:.3f}" for name, value in sorted(shown.items())))
+        return metrics
+
+    def _compute_metrics(
+        self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
+    ) -> None:
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps, epoch)
+        self._rows = self._reward_rows(batch)
+        metrics.update(
+            reward_metrics(
+                [row["reward"] for row in self._rows],
+                [row["task"] for row in self._rows],
+                [row["group"] for row in self._rows],
+            )
+        )
+        logger.info(
+            "step %d/%d  reward %.3f  verifiable %.3f  format %.2f  tags %.2f%s  tokens %.0f  %.1f s (rollout %.1f, update %.1f)",
+            global_steps, self.total_training_steps,
+            metrics["reward/total/mean"], metrics["reward/verifiable/mean"], metrics["reward/format/mean"],
+            metrics["tags/valid_frac"],
+            f"  prmu {metrics['reward/prmu/mean']:.3f}" if "reward/prmu/mean" in metrics else "",
+            metrics["response_length/mean"],
+            timing_raw["step"], timing_raw["gen"], timing_raw["update_actor"],
+        )  # fmt: skip
+
+    def _reward_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
+        """Who was asked what, and what each response's reward was made of; padding rows left out."""
+        own = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        data = tq.kv_batch_get(
+            keys=own, partition_id=batch.partition_id, select_fields=["extra_fields", "extra_info"]
+        )
+        extra_fields, extra_info = list(data["extra_fields"]), list(data["extra_info"])
+        return [
+            {
+                "key": key,
+                "group": key.split("_")[0],
+                "example_id": info["example_id"],
+                "task": info["task"],
+                "user_id": info["user_id"],
+                "reward": fields["reward_extra_info"],
+            }
+            for key, fields, info in zip(own, extra_fields, extra_info, strict=True)
+        ]
+
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """One JSONL file a step: prompt, response, and every component of its reward."""
+        keys = [row["key"] for row in self._rows]
+        data = tq.kv_batch_get(
+            keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses", "reward_model"]
+        )
+        lines = []
+        for row, prompt, response, reward_model in zip(
+            self._rows,
+            data["prompts"].unbind(),
+            data["responses"].unbind(),
+            list(data["reward_model"]),
+            strict=True,
+        ):
+            record = {
+                "step": int(self.global_steps),
+                **row,
+                "gold": reward_model["ground_truth"],
+                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
+                "response": self.tokenizer.decode(response, skip_special_tokens=True),
+                "response_tokens": len(response),
+            }
+            lines.append(json.dumps(record, ensure_ascii=False))
+        path = Path(rollout_data_dir) / f"{int(self.global_steps):06d}.jsonl"
+        write_text_atomically(path, "\n".join(lines) + "\n")
+
+    def _save_checkpoint(self) -> None:
+        super()._save_checkpoint()
+        mark_complete(Path(self.config.trainer.default_local_dir), int(self.global_steps))
+        logger.info("checkpoint of step %d saved", self.global_steps)
+
+
+def _short(metric: str) -> str:
+    """``val-core/lamp1/reward/mean@1`` -> ``lamp1``."""
+    parts = metric.split("/")
+    return parts[1] if len(parts) > 2 else metric
+
+
+def train(config: DictConfig) -> None:
+    """Run verl's trainer in this process, with Ray already up; returns when the last step is done."""
+    from verl.utils.logging_utils import configure_verl_logging
+
+    configure_verl_logging()
+    config.transfer_queue.enable = True
+    tq.init(config.transfer_queue)
+    trainer = None
+    succeeded = False
+    try:
+        trainer = TagPRTrainer(config)
+        trainer.init()
+        agent_loops = AgentLoopManagerTQ.create(
+            config=config,
+            llm_client=trainer.get_llm_client(),
+            teacher_client=trainer.get_teacher_client(),
+            reward_loop_worker_handles=trainer.get_reward_handles(),
+        )
+        trainer.fit(agent_loops)
+        succeeded = True
+    finally:
+        if trainer is not None and getattr(trainer, "logger", None) is not None:
+            trainer.logger.finish(exit_code=0 if succeeded else 1)
+        tq.close()
