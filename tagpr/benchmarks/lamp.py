@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from tagpr.benchmarks.json_array import read_objects, refuse_html
 from tagpr.errors import ConfigError, DataError
 from tagpr.retrieval import date_key
@@ -280,29 +278,29 @@ def _example(row: dict[str, Any], where: str, spec: Task, split: Split, gold: st
         raise DataError(f"{where}: has no 'input'. Mend the row.")
     if not isinstance(row.get("profile"), list):
         raise DataError(f"{where}: its 'profile' is not an array. Mend the row.")
+    profile = tuple(_item(item, where, spec) for item in row["profile"])
+    if len({item.date is None for item in profile}) > 1:
+        raise DataError(f"{where}: some profile items have a date and some have none. Mend the row.")
+    user_id = row.get("user_id")
+    if user_id is not None and (not _is_scalar(user_id) or not str(user_id).strip()):
+        raise DataError(f"{where}: its 'user_id' is {user_id!r}. Mend the row.")
+    example = Example(
+        id=f"{spec.name}:{split}:{row['id']}",
+        task=spec.name,
+        split=split,
+        user_id=_fingerprint(profile) if user_id is None else str(user_id),
+        query=str(row["input"]),
+        profile=profile,
+        gold=gold,
+    )
+    texts = [example.id, example.user_id, example.query, gold]
+    texts += [text for item in profile for text in (item.id, *item.fields.values())]
     try:
-        profile = tuple(_item(item, where, spec) for item in row["profile"])
-        if len({item.date is None for item in profile}) > 1:
-            raise DataError(
-                f"{where}: some of its profile items have a date and some have none. Mend the row."
-            )
-        user_id = row.get("user_id")
-        if user_id is not None and (not _is_scalar(user_id) or not str(user_id).strip()):
-            raise DataError(f"{where}: its 'user_id' is {user_id!r}. Mend the row.")
-        return Example(
-            id=f"{spec.name}:{split}:{row['id']}",
-            task=spec.name,
-            split=split,
-            user_id=_fingerprint(profile) if user_id is None else str(user_id),
-            query=str(row["input"]),
-            profile=profile,
-            gold=gold,
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise DataError(
-            f"{where}: {problem['msg']} (in {'.'.join(map(str, problem['loc']))}). Mend the row."
-        ) from None
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        # JSON can spell such text, no UTF-8 file can hold it, and no tokenizer takes it.
+        raise DataError(f"{where}: has half a surrogate pair in its text. Mend the row.") from None
+    return example
 
 
 def _item(item: object, where: str, spec: Task) -> ProfileItem:

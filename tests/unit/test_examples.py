@@ -1,0 +1,269 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tagpr.benchmarks.examples import (
+    MIN_WORDS,
+    QueryTooLongError,
+    build_prompt,
+    read_examples,
+    write_examples,
+)
+from tagpr.benchmarks.lamp import TASKS, render_prompt
+from tagpr.errors import ConfigError, DataError
+from tagpr.schema import Example, ProfileItem
+from tagpr.tags import neutralise, strip_tags
+
+
+def example(
+    task: str = "lamp3", words: tuple[int, ...] = (3, 3), query: str = "a query title", **changes: Any
+) -> Example:
+    """Make a row whose profile items have ``words`` words in their long field, oldest first."""
+    spec = TASKS[task]
+    profile = tuple(
+        ProfileItem(
+            id=f"p{index}",
+            fields={
+                name: " ".join(
+                    f"{name}{index}w{word}" for word in range(count if name == spec.long_field else 1)
+                )
+                for name in spec.fields
+            },
+            date=f"2016-01-{index + 1:02d}",
+        )
+        for index, count in enumerate(words)
+    )
+    row = {
+        "id": "x",
+        "task": task,
+        "split": "dev",
+        "user_id": "u",
+        "query": query,
+        "profile": profile,
+        "gold": "1",
+    }
+    return Example(**(row | changes))
+
+
+class Counter:
+    """Counts the words of a prompt, and how often it was asked to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, text: str) -> int:
+        self.calls += 1
+        return len(text.split())
+
+
+# ---- files
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ITEMS = st.builds(
+    ProfileItem, id=TEXTS, fields=st.dictionaries(TEXTS, TEXTS, max_size=2), date=st.none() | st.just("2016")
+)
+EXAMPLES = st.builds(
+    Example,
+    id=TEXTS,
+    task=TEXTS,
+    split=st.sampled_from(["train", "dev", "test"]),
+    user_id=TEXTS,
+    query=TEXTS,
+    profile=st.lists(ITEMS, max_size=3).map(tuple),
+    gold=TEXTS,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(EXAMPLES, max_size=4, unique_by=lambda one: one.id))
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Example]) -> None:
+    path = tmp_path_factory.mktemp("examples") / "new" / "train.jsonl"
+    assert write_examples(path, rows) == len(rows)
+    assert read_examples(path) == rows
+    assert [entry.name for entry in path.parent.iterdir()] == ["train.jsonl"]
+
+
+def test_a_failing_source_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    write_examples(path, [example()])
+
+    def failing() -> Iterator[Example]:
+        yield example(id="y")
+        raise DataError("row 2: bad. Mend it.")
+
+    with pytest.raises(DataError, match="row 2"):
+        write_examples(path, failing())
+    assert [row.id for row in read_examples(path)] == ["x"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "Invalid JSON"),
+        ('"text"', "object"),
+        (json.dumps(json.loads(example().model_dump_json()) | {"golden": "1"}), "golden: Extra inputs"),
+        (json.dumps(json.loads(example().model_dump_json()) | {"split": "validation"}), "split: "),
+        (json.dumps({"id": "y"}), "task: Field required"),
+        (example().model_dump_json(), "id 'x' is that of line 1 too"),
+        ("\xff", "Invalid JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(f"{example().model_dump_json()}\n\n{line}\n".encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dev.jsonl: .*prepare_data.sh"):
+        read_examples(tmp_path / "dev.jsonl")
+
+
+# ---- prompts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_a_budget_the_prompt_is_rendered_as_it_is(task: str) -> None:
+    row = example(task, words=(3, 400, 5))
+    prompt = build_prompt(row, 2, "recency", None, None)
+    assert prompt.text == render_prompt(task, row.query, row.profile[:0:-1])
+    assert (prompt.items_used, prompt.items_shortened, prompt.items_dropped, prompt.tokens) == (2, 0, 0, None)
+
+
+def test_a_prompt_that_fits_is_left_alone_and_measured_once() -> None:
+    count = Counter()
+    row = example(words=(3, 40, 5))
+    prompt = build_prompt(row, 8, "recency", count, 10_000)
+    assert prompt.text == render_prompt("lamp3", row.query, row.profile[::-1])
+    assert (prompt.items_used, prompt.items_shortened, prompt.items_dropped) == (3, 0, 0)
+    assert (prompt.tokens, count.calls) == (len(prompt.text.split()), 1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_long_items_are_cut_to_one_length_and_short_ones_stay(task: str) -> None:
+    row = example(task, words=(300, 10, 200, 2))
+    prompt = build_prompt(row, 4, "recency", Counter(), 150)
+    assert (prompt.items_used, prompt.items_shortened, prompt.items_dropped) == (4, 2, 0)
+    assert prompt.tokens is not None
+    assert 148 <= prompt.tokens <= 150
+    field = TASKS[task].long_field
+    kept = [prompt.text.count(f"{field}{index}w") for index in range(4)]
+    assert kept[0] == kept[2] > 10
+    assert kept[1:4:2] == [10, 2]
+    assert row.query in prompt.text or task == "lamp1"
+
+
+def test_when_words_run_out_the_oldest_items_go() -> None:
+    row = example(words=(100,) * 8)
+    prompt = build_prompt(row, 8, "recency", Counter(), 45)
+    assert (prompt.items_used, prompt.items_shortened, prompt.items_dropped) == (3, 3, 5)
+    assert "text7w0" in prompt.text
+    assert "text5w0" in prompt.text
+    assert "text4w0" not in prompt.text
+    assert f"text7w{MIN_WORDS - 1}" in prompt.text
+
+
+def test_the_query_is_never_cut() -> None:
+    row = example(words=(100,), query=" ".join(["word"] * 30))
+    prompt = build_prompt(row, 8, "recency", Counter(), 30)
+    assert (prompt.text, prompt.items_used, prompt.items_dropped) == (row.query, 0, 1)
+    with pytest.raises(QueryTooLongError, match=r"x: its query alone has 30 tokens, the budget is 29"):
+        build_prompt(row, 8, "recency", Counter(), 29)
+    with pytest.raises(QueryTooLongError):
+        build_prompt(row, 0, "recency", Counter(), 29)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(sorted(TASKS)),
+    st.lists(st.integers(0, 600), max_size=10),
+    st.integers(0, 10),
+    st.integers(3, 1500),
+)
+def test_the_budget_holds_within_few_measurements(
+    task: str, words: list[int], size: int, budget: int
+) -> None:
+    count = Counter()
+    row = example(task, words=tuple(words))
+    prompt = build_prompt(row, size, "recency", count, budget)
+    assert prompt.tokens == len(prompt.text.split()) <= budget
+    assert prompt.items_used + prompt.items_dropped == min(size, len(words))
+    assert prompt.items_shortened <= prompt.items_used
+    assert count.calls <= 18
+    whole = len(build_prompt(row, size, "recency", None, None).text.split())
+    assert (prompt.items_shortened + prompt.items_dropped > 0) == (whole > budget)
+
+
+def test_white_space_within_a_cut_text_is_kept() -> None:
+    item = ProfileItem(id="p", fields={"text": "a  b\n\nc d e f g h " + "i " * 90, "score": "1"})
+    prompt = build_prompt(example(profile=(item,)), 8, "recency", Counter(), 16)
+    assert '"a  b\n\nc d e f g' in prompt.text
+
+
+HOSTILE = st.lists(
+    st.sampled_from(
+        [
+            "<|im_end|>",
+            "<think>",
+            "</think>",
+            "<compare_entities>",
+            "</make_decision>",
+            "<",
+            ">",
+            "|",
+            "x",
+            " ",
+        ]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(sorted(TASKS)),
+    HOSTILE,
+    st.lists(HOSTILE, min_size=1, max_size=3),
+    st.none() | st.just(12),
+)
+def test_no_mark_of_a_user_survives_in_a_prompt(
+    task: str, query: str, texts: list[str], budget: int | None
+) -> None:
+    profile = tuple(
+        ProfileItem(id=str(index), fields=dict.fromkeys(TASKS[task].fields, text))
+        for index, text in enumerate(texts)
+    )
+    row = example(task, query=f"title {query}", profile=profile)
+    try:
+        text = build_prompt(row, 8, "recency", None if budget is None else Counter(), budget).text
+    except QueryTooLongError:
+        return
+    assert neutralise(text) == text
+    assert strip_tags(text).split() == text.split()
+    for mark in ("<|im_end|>", "<think>", "</think>"):
+        assert mark not in text
+
+
+def test_unknown_task_and_retriever_are_refused() -> None:
+    with pytest.raises(ConfigError, match="task=lamp6"):
+        build_prompt(example().model_copy(update={"task": "lamp6"}), 8, "recency", None, None)
+    with pytest.raises(ConfigError, match="retriever=oracle"):
+        build_prompt(example(), 8, "oracle", None, None)
+
+
+def test_the_seed_and_the_user_reach_the_retriever() -> None:
+    row = example(words=(1,) * 12)
+    texts = {build_prompt(row, 4, "random", None, None, seed=seed).text for seed in range(5)}
+    texts.add(build_prompt(row.model_copy(update={"user_id": "v"}), 4, "random", None, None, seed=0).text)
+    assert len(texts) == 6
