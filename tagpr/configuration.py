@@ -60,7 +60,9 @@ def resolve(config: DictConfig) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_one_line("config", error)) from error
     # verl leaves what it does not use unset: the critic, its own reward model, the distillation teacher.
-    ours = [key for key in missing if not key.startswith(("critic.", "reward.reward_model.", "distillation."))]
+    ours = [
+        key for key in missing if not key.startswith(("critic.", "reward.reward_model.", "distillation."))
+    ]
     if ours:
         raise ConfigError(f"{ours[0]}: has no value. Set it on the command line: {ours[0]}=...")
     return config

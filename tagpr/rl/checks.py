@@ -40,7 +40,9 @@ def check(config: DictConfig) -> None:
             "Use grpo."
         )
     if rollout.n < 2:
-        raise ConfigError(f"actor_rollout_ref.rollout.n={rollout.n}: a group of one has no advantage. Use 5 (S30).")
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.n={rollout.n}: a group of one has no advantage. Use 5 (S30)."
+        )
     if rollout.top_p != 1 or rollout.top_k not in (-1, 0):
         raise ConfigError(
             f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: sampling from a cut distribution breaks "
@@ -68,7 +70,11 @@ def check(config: DictConfig) -> None:
         )
     objective = config.objective
     if objective.mode not in ("guided", "exploratory"):
-        raise ConfigError(f"objective.mode={objective.mode}: unknown. Use guided (eq. 5) or exploratory (eq. 11).")
+        raise ConfigError(
+            f"objective.mode={objective.mode}: unknown. Use guided (eq. 5) or exploratory (eq. 11)."
+        )
     for key in ("alpha", "beta", "gamma"):
         if not (math.isfinite(objective[key]) and objective[key] >= 0):
-            raise ConfigError(f"objective.{key}={objective[key]}: reward weights are finite and not negative.")
+            raise ConfigError(
+                f"objective.{key}={objective[key]}: reward weights are finite and not negative."
+            )

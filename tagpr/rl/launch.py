@@ -12,13 +12,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from tagpr.checkpoints import export_model, latest_complete
 from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
-checkpoint_version = None
+from tagpr.prmu.model import checkpoint_version
 from tagpr.prmu.wire import read_token
-from tagpr.rl.checkpoints import export_model, latest_complete
 from tagpr.rl.checks import check
 from tagpr.rl.data import draw, examples_of, write_rows
 from tagpr.runs import check_model_folder, manifest, write_json_atomically, write_text_atomically
@@ -42,16 +42,23 @@ def run(config: DictConfig) -> None:
     check_model_folder(start_model, "actor_rollout_ref.model.path", RECIPES[config.objective.mode])
     run_dir = Path(config.run.dir)
     model = run_dir / "model"
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.max_model_len is None:
+        rollout.max_model_len = config.data.max_prompt_length + config.data.max_response_length
     steps_file = run_dir / "finished.json"
     if model.is_dir() and steps_file.is_file():
-        logger.info("%s is finished: %s. Delete the folder, or set run.name, to train again.", config.run.name, model)
+        logger.info(
+            "%s is finished: %s. Delete the folder, or set run.name, to train again.", config.run.name, model
+        )
         return
 
     # 1. What is asked, as verl reads it
     prompts = prepare_rows(config)
     steps_per_epoch = prompts // config.data.train_batch_size
     if steps_per_epoch == 0:
-        raise ConfigError(f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it.")
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
+        )
     steps = config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs
     resumed = resume_from_complete_checkpoint(config)
     logger.info(
@@ -62,21 +69,33 @@ def run(config: DictConfig) -> None:
         config.trainer.device,
     )  # fmt: skip
     write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
-    inputs = {"model": Path(start_model), "train": Path(config.data.train_files), "dev": Path(config.data.val_files)}
-    record = manifest(config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed)
+    inputs = {
+        "model": Path(start_model),
+        "train": Path(config.data.train_files),
+        "dev": Path(config.data.val_files),
+    }
+    record = manifest(
+        config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed
+    )
     write_json_atomically(run_dir / "manifest.json", record.model_dump())
 
     # 2. Train
     began = time.monotonic()
-    with reward_server(config), library_output_to(run_dir / "driver.log", config.run.verbose), ray_cluster(config):
+    with (
+        reward_server(config),
+        library_output_to(run_dir / "driver.log", config.run.verbose),
+        ray_cluster(config),
+    ):
         train_or_name_the_fault(config)
 
     # 3. Hand over
     last = latest_complete(Path(config.trainer.default_local_dir))
     if last is None:
-        raise StageError(f"{config.trainer.default_local_dir}: training left no complete checkpoint. See {run_dir}/driver.log.")
+        raise StageError(
+            f"{config.trainer.default_local_dir}: training left no complete checkpoint. See {run_dir}/driver.log."
+        )
     with library_output_to(run_dir / "driver.log", config.run.verbose):
-        export_model(last[1], model)
+        export_model(last[1] / "actor", model)
     write_json_atomically(steps_file, {"step": last[0]})
     logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
 
@@ -94,7 +113,7 @@ def make_paths_absolute(config: DictConfig) -> None:
         (config.prmu_client, "token_file"),
     ):
         # A model may also be named by its hub id, which is no path.
-        if node[key] is not None and (Path(node[key]).exists() or not key == "path"):
+        if node[key] is not None and (Path(node[key]).exists() or key != "path"):
             node[key] = str(Path(node[key]).resolve())
 
 
@@ -240,9 +259,13 @@ def train_or_name_the_fault(config: DictConfig) -> None:
         if config.prmu_client.url is not None and "version" in config.prmu_client:
             try:
                 check_server(
-                    config.prmu_client.url, read_token(config.prmu_client.token_file), config.prmu_client.version, deadline_s=5.0
+                    config.prmu_client.url,
+                    read_token(config.prmu_client.token_file),
+                    config.prmu_client.version,
+                    deadline_s=5.0,
                 )
             except RewardServerError as fault:
                 raise RewardServerError(f"{failure}, because the reward server is gone: {fault}") from failure
-        raise StageError(f"{failure}. The reason is in {log}; the same command goes on from the last checkpoint.") from failure
-
+        raise StageError(
+            f"{failure}. The reason is in {log}; the same command goes on from the last checkpoint."
+        ) from failure

@@ -32,7 +32,9 @@ class TagPRRewardManager(RewardManagerBase):
         if self.needs_prmu(config):
             server = config.prmu_client
             if server.url is None:
-                raise ConfigError("prmu_client.url: has no value. The launcher fills it in; set it to a reward server.")
+                raise ConfigError(
+                    "prmu_client.url: has no value. The launcher fills it in; set it to a reward server."
+                )
             self.client = RewardClient(
                 url=server.url,
                 token=read_token(server.token_file),
@@ -85,7 +87,11 @@ class TagPRRewardManager(RewardManagerBase):
             "failure": breakdown.failure,
         }
         if prmu is not None:
-            info |= {"prmu": prmu.score, "prmu_logit": prmu.logit, "prmu_unknown_user": float(prmu.unknown_user)}
+            info |= {
+                "prmu": prmu.score,
+                "prmu_logit": prmu.logit,
+                "prmu_unknown_user": float(prmu.unknown_user),
+            }
         return {"reward_score": breakdown.reward, "reward_extra_info": info}
 
     async def _prmu(self, about: dict[str, Any], messages: Any, response: str) -> PrmuScore | None:

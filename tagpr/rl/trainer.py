@@ -16,9 +16,9 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from tagpr.rl.checkpoints import mark_complete
-from tagpr.rl.metrics_log import MetricsLog, reward_metrics
-from tagpr.runs import write_text_atomically
+from tagpr.checkpoints import mark_complete
+from tagpr.rl.reward_metrics import reward_metrics
+from tagpr.runs import MetricsLog, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,10 @@ class TagPRTrainer(PPOTrainerSync):
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
         shown = {name: value for name, value in metrics.items() if name.startswith("val-core/")}
-        logger.info("validation: %s", "  ".join(f"{_short(name)} {value:.3f}" for name, value in sorted(shown.items())))
+        logger.info(
+            "validation: %s",
+            "  ".join(f"{_short(name)} {value:.3f}" for name, value in sorted(shown.items())),
+        )
         return metrics
 
     def _compute_metrics(
@@ -80,7 +83,9 @@ class TagPRTrainer(PPOTrainerSync):
 
     def _reward_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
         """Who was asked what, and what each response's reward was made of; padding rows left out."""
-        own = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        own = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
+        ]
         data = tq.kv_batch_get(
             keys=own, partition_id=batch.partition_id, select_fields=["extra_fields", "extra_info"]
         )

@@ -1,11 +1,7 @@
-"""``metrics.jsonl`` of a run: one line per step, going on in the same file when a run resumes."""
+"""What the rewards of one training batch were made of, as metrics."""
 
-import json
-import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,43 +9,9 @@ import numpy as np
 from tagpr.rl.reward_manager import COMPONENTS
 
 
-class MetricsLog:
-    """Appends ``{"step": int, "data": {name: number}}`` lines.
-
-    verl's own file logger truncates its file when a run resumes. Opening this one at step s keeps the lines up to s, drops a
-    torn last line and the lines of steps that will be done again, and appends.
-    """
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-
-    def log(self, data: Mapping[str, Any], step: int) -> None:
-        """Write the numbers of one step (the interface of a verl logger)."""
-        numbers = {name: float(value) for name, value in data.items() if _is_number(value)}
-        self._file.write(json.dumps({"step": step, "data": numbers}) + "\n")
-
-    def finish(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and math.isfinite(value)
-
-
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
-
-
-def reward_metrics(infos: Sequence[Mapping[str, Any]], tasks: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
+def reward_metrics(
+    infos: Sequence[Mapping[str, Any]], tasks: Sequence[str], groups: Sequence[str]
+) -> dict[str, float]:
     """What the rewards of one batch were made of.
 
     Args:

@@ -29,19 +29,23 @@ def latest_complete(checkpoints: Path) -> tuple[int, Path] | None:
     return max(found, default=None)
 
 
-def export_model(checkpoint: Path, destination: Path) -> None:
-    """Write the policy of a checkpoint as a Hugging Face folder, atomically.
+def export_model(shards: Path, destination: Path) -> None:
+    """Write a checkpoint's weights as a Hugging Face folder, atomically.
+
+    Args:
+        shards: folder that verl's checkpoint manager wrote: ``huggingface/`` with the configuration, the tokenizer and perhaps
+            whole weights, beside one file of sharded weights per rank.
+        destination: replaced as a whole.
 
     Raises:
         StageError: the checkpoint holds no weights in a known form.
     """
-    actor = checkpoint / "actor"
-    ready = actor / "huggingface"
+    ready = shards / "huggingface"
     temporary = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     if any(ready.glob("*.safetensors")):
         shutil.copytree(ready, temporary)
-    elif any(actor.glob("model_world_size_*_rank_0.pt")):
+    elif any(shards.glob("model_world_size_*_rank_0.pt")):
         from verl.model_merger.base_model_merger import ModelMergerConfig
         from verl.model_merger.fsdp_model_merger import FSDPModelMerger
 
@@ -49,7 +53,7 @@ def export_model(checkpoint: Path, destination: Path) -> None:
             ModelMergerConfig(
                 operation="merge",
                 backend="fsdp",
-                local_dir=str(actor),
+                local_dir=str(shards),
                 target_dir=str(temporary),
                 hf_model_config_path=str(ready),
             )
@@ -57,6 +61,6 @@ def export_model(checkpoint: Path, destination: Path) -> None:
         merger.merge_and_save()
         merger.cleanup()
     else:
-        raise StageError(f"{checkpoint}: holds no policy weights. Delete the folder and run the same command again.")
+        raise StageError(f"{shards}: holds no weights. Delete the folder and run the same command again.")
     shutil.rmtree(destination, ignore_errors=True)
     temporary.replace(destination)
