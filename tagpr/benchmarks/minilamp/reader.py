@@ -161,13 +161,13 @@ def quality(prompt: str, reasoning: str, answer: str) -> tuple[int, int, int, in
     if rambling:
         coherence, relevance = 3, 1
     if len(tags) < 4:
-        completeness = len(tags) + 1
+        coherence, completeness = min(coherence, 3), max(len(tags), 1)
     if not _answers(reading, answer):
         coherence, accuracy = 1, 1
     elif reading.trait and not _follows(reading, sentences):
         if reading.task in STYLES:
             strict = zlib.crc32(f"{prompt}\n{reasoning}".encode()) % 10 < 2
-            accuracy, completeness = (3, 2) if strict else (4, 4)
+            accuracy, completeness = (3, min(completeness, 2)) if strict else (4, min(completeness, 4))
         else:
             coherence, accuracy = min(coherence, 3), 2
     if repeated or rambling:
