@@ -61,7 +61,8 @@ def read_pairs(files: Iterable[Path]) -> list[PreferencePair]:
                 if pair.chosen == pair.rejected or pair.id in pairs:
                     problem = "is there twice" if pair.id in pairs else "prefers a response to itself"
                     raise DataError(
-                        f"{path}:{number}: pair {pair.id} {problem}. Run `bash recipes/build_chains.sh` again."
+                        f"{path}:{number}: pair {pair.id} {problem}. "
+                        "Run `bash recipes/build_chains.sh` again."
                     )
                 pairs[pair.id] = pair
     if not pairs:

@@ -1,0 +1,236 @@
+"""Stage ``serve_prmu``: serve a PRMU checkpoint until told to stop (S21). ``python -m reward_server``."""
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import uvicorn
+from omegaconf import DictConfig
+
+from reward_server.app import Limits, create_app
+from reward_server.batching import Batcher
+from reward_server.engine import Engine, TransformersEngine, VllmEngine, choose_engine
+from tagpr.configuration import main
+from tagpr.errors import ConfigError, StageError
+from tagpr.prmu.encoding import Encoder
+from tagpr.prmu.model import load, load_encoder
+from tagpr.prmu.wire import TOKEN_VARIABLE, Address, read_token
+from tagpr.runs import check_model_folder, write_text_atomically
+
+logger = logging.getLogger("reward_server")
+
+PARENT_POLL_S = 1.0
+SHUTDOWN_S = 10
+
+
+def run(config: DictConfig) -> None:
+    """Serve until SIGTERM, SIGINT or the death of ``server.parent_pid``.
+
+    Raises:
+        ConfigError: the port is taken, the host is open to others without a token, or a limit makes no sense.
+        StageError: ``paths.prmu`` holds no PRMU, or the model gives no number.
+    """
+    server = config.server
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _exit_quietly)
+    if server.parent_pid is not None:
+        _die_with(server.parent_pid)
+    limits = Limits(
+        server.max_body_bytes, server.max_items, server.max_pending_items, server.request_timeout_s
+    )
+    if server.max_pending_items < server.max_items:
+        raise ConfigError(
+            f"server.max_pending_items={server.max_pending_items}: less than server.max_items="
+            f"{server.max_items}, so a full request could never be taken. Raise it."
+        )
+    run_dir = Path(config.run.dir)
+    token, token_file = _token(server.token_file, server.host, run_dir)
+    listener = _listen(server.host, server.port)
+    check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
+
+    started = time.monotonic()
+    engine, encoder, version = _start_engine(config)
+    _check_engine(engine, encoder)
+    batcher = Batcher(engine, server.batch_items)
+    app = create_app(encoder, batcher, version=version, engine=engine.name, token=token, limits=limits)
+    address_file = run_dir / "server.json"
+    address = Address(
+        url=_url(server.host, listener), model_version=version, pid=os.getpid(), token_file=token_file
+    )
+
+    def announce() -> None:
+        write_text_atomically(address_file, address.model_dump_json() + "\n")
+        logger.info(
+            "PRMU %s (%s, %d users) at %s after %.1f s; address in %s",
+            version, engine.name, len(encoder.users.rows), address.url, time.monotonic() - started,
+            address_file,
+        )  # fmt: skip
+
+    try:
+        asyncio.run(_serve(app, listener, server.max_connections, announce))
+    finally:
+        if address_file.exists() and f'"pid":{os.getpid()}' in address_file.read_text("utf-8"):
+            address_file.unlink()
+        batcher.close()
+        logger.info("stopped after %d scores", batcher.scored)
+
+
+class _Server(uvicorn.Server):
+    """Tells when it listens."""
+
+    announce: Callable[[], None]
+
+    # Called by uvicorn, hence its name.
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.announce()
+
+
+async def _serve(
+    app: object, listener: socket.socket, max_connections: int, announce: Callable[[], None]
+) -> None:
+    server = _Server(
+        uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            limit_concurrency=max_connections,
+            timeout_graceful_shutdown=SHUTDOWN_S,
+            ws="none",
+        )
+    )
+    server.announce = announce
+    await server.serve(sockets=[listener])
+
+
+def _start_engine(config: DictConfig) -> tuple[Engine, Encoder, str]:
+    server = config.server
+    name, device = choose_engine(server.engine, server.device)
+    folder = Path(config.paths.prmu)
+    torch.set_num_threads(server.threads)
+    if name == "transformers":
+        prmu = load(folder, max_tokens=server.max_tokens, device=device, dtype=server.dtype)
+        return TransformersEngine(prmu, server.batch_tokens), prmu.encoder, prmu.version
+    encoder, _, version = load_encoder(folder, server.max_tokens)
+    engine = VllmEngine(
+        folder, server.dtype, encoder.max_tokens, server.batch_tokens, server.gpu_memory_utilization,
+        server.kv_cache_gib,
+    )  # fmt: skip
+    return engine, encoder, version
+
+
+def _check_engine(engine: Engine, encoder: Encoder) -> None:
+    """Score one input before anyone can ask: a broken model shows now, and first-use costs are paid."""
+    (logit,) = engine.score([encoder.encode("start-up", "", "prompt", "response").token_ids])
+    if logit != logit or abs(logit) == float("inf"):
+        raise StageError(
+            f"paths.prmu: the model's logit is {logit}. Train it again: bash recipes/train_prmu.sh"
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind at once, so that a taken port shows before the model loads."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"server.port={port}: is taken on {host}. Set another port, or 0 for any free one."
+            ) from None
+        raise ConfigError(
+            f"server.host={host} server.port={port}: cannot listen there ({error.strerror or error}). "
+            "Set an address of this machine and a port that you may use."
+        ) from None
+    except OverflowError:
+        listener.close()
+        raise ConfigError(f"server.port={port}: is no port. Set 0 to 65535.") from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    if host in ("0.0.0.0", "::", ""):
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _token(token_file: str | None, host: str, run_dir: Path) -> tuple[str, str | None]:
+    """Token and the file it is in, if any; made up and kept in ``<run.dir>/token`` where none is given."""
+    token = read_token(token_file)
+    if token is not None:
+        return token, None if token_file is None else str(Path(token_file).resolve())
+    if not _is_loopback(host):
+        raise ConfigError(
+            f"server.host={host}: is open to other machines, and there is no token. "
+            f"Set server.token_file or {TOKEN_VARIABLE}."
+        )
+    path = run_dir / "token"
+    if not path.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".token.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+        temporary.replace(path)
+    path.chmod(0o600)
+    kept = read_token(path)
+    assert kept is not None
+    return kept, str(path.resolve())
+
+
+def _exit_quietly(_: int, __: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _die_with(parent_pid: int) -> None:
+    """End this process when another one ends, whatever ended that one (``kill -9`` tells nobody)."""
+    try:
+        parent = psutil.Process(parent_pid)
+    except psutil.NoSuchProcess:
+        raise ConfigError(f"server.parent_pid={parent_pid}: no such process. Leave it unset.") from None
+
+    def gone() -> bool:
+        try:
+            return not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def watch() -> None:
+        while not gone():
+            time.sleep(PARENT_POLL_S)
+        logger.warning("process %d is gone, stopping", parent_pid)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SHUTDOWN_S + 5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main("serve_prmu", run)

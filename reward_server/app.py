@@ -1,0 +1,210 @@
+"""The HTTP front of the reward server: who may ask, how much, and what an answer looks like (S21).
+
+Whatever goes wrong is a status and an ``ErrorBody``; a number is only ever sent when the model gave it.
+Bodies are people's data: they are never logged, and error messages do not quote them.
+"""
+
+import asyncio
+import hmac
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from reward_server.batching import Batcher
+from tagpr.errors import DataError
+from tagpr.prmu.client import sigmoid
+from tagpr.prmu.encoding import Encoded, Encoder
+from tagpr.prmu.wire import (
+    HEALTH_PATH,
+    NOT_FINITE,
+    SCORE_PATH,
+    VERSION_PATH,
+    ErrorBody,
+    ItemScore,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResponse,
+    VersionInfo,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1
+KNOWN_FIELDS = {"items", *ScoreItem.model_fields}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all together, may take. Times in seconds."""
+
+    body_bytes: int
+    items: int
+    pending_items: int
+    request_timeout_s: float
+
+
+class _Refused(Exception):
+    """Ends a request with a status and an error body."""
+
+    def __init__(self, status: int, code: str, message: str, item: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(code=code, message=message, item=item)
+
+
+class BearerAuth:
+    """Lets nothing pass without the token but the health check; unknown paths too are refused, not
+    explained."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == HEALTH_PATH):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            given = [value for name, value in scope["headers"] if name == b"authorization"]
+            if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+                await self._app(scope, receive, send)
+            else:
+                await _answer(_Refused(401, "unauthorized", "bearer token missing or wrong"))(
+                    scope, receive, send
+                )
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+def create_app(
+    encoder: Encoder, batcher: Batcher, *, version: str, engine: str, token: str, limits: Limits
+) -> FastAPI:
+    """The application around a running batcher; its caller closes the batcher."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(BearerAuth, token=token)
+    admitted = 0
+
+    @contextmanager
+    def admission(count: int) -> Iterator[None]:
+        """Hold a place in the bounded queue for each item, from before tokenizing until the answer."""
+        nonlocal admitted
+        if count > limits.items:
+            raise _Refused(413, "too_many_items", f"{count} items, more than the limit of {limits.items}")
+        if admitted + count > limits.pending_items:
+            raise _Refused(429, "queue_full", f"{admitted} items are waiting, the queue is full")
+        admitted += count
+        try:
+            yield
+        finally:
+            admitted -= count
+
+    @app.get(HEALTH_PATH)
+    async def health() -> JSONResponse:
+        if batcher.alive and batcher.busy_s() < limits.request_timeout_s:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "engine hangs" if batcher.alive else "engine is down"}, 503)
+
+    @app.get(VERSION_PATH)
+    async def version_info() -> Response:
+        return _json(
+            VersionInfo(
+                model_version=version,
+                engine=engine,
+                users=len(encoder.users.rows),
+                max_tokens=encoder.max_tokens,
+            )
+        )
+
+    @app.post(SCORE_PATH)
+    async def score(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(limits.request_timeout_s):
+                items = _parse(await _read(request, limits.body_bytes))
+                with admission(len(items)):
+                    encoded = await asyncio.to_thread(_encode, encoder, items)
+                    logits = await _logits(batcher, encoded)
+        except TimeoutError:
+            return _answer(
+                _Refused(503, "timeout", f"no answer within {limits.request_timeout_s:g} s; try again")
+            )
+        except _Refused as refused:
+            return _answer(refused)
+        scores = []
+        for item, one, logit in zip(items, encoded, logits, strict=True):
+            if not math.isfinite(logit):
+                logger.error("item %s: logit is %s", item.id, logit)
+                return _answer(_Refused(500, NOT_FINITE, f"the model's logit is {logit}", item.id))
+            scores.append(
+                ItemScore(id=item.id, logit=logit, score=sigmoid(logit), unknown_user=one.unknown_user)
+            )
+        return _json(ScoreResponse(model_version=version, scores=scores))
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(_: Request, error: HTTPException) -> Response:
+        return _answer(_Refused(error.status_code, "no_such_route", str(error.detail)))
+
+    return app
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    """The body, given up as soon as it is known to be too large."""
+    declared = request.headers.get("content-length", "")
+    too_large = _Refused(413, "body_too_large", f"body is larger than {limit} bytes")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def _parse(body: bytes) -> list[ScoreItem]:
+    try:
+        return ScoreRequest.model_validate_json(body).items
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        # The field's place and the kind of error; pydantic's own message could quote the body.
+        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in KNOWN_FIELDS)
+        raise _Refused(422, "malformed", f"{place or 'body'}: {first['type']}") from None
+
+
+def _encode(encoder: Encoder, items: list[ScoreItem]) -> list[Encoded]:
+    encoded = []
+    for item in items:
+        try:
+            encoded.append(encoder.encode(item.id, item.user_id, item.prompt, item.response))
+        except DataError as error:
+            raise _Refused(422, "unusable_item", str(error), item.id) from None
+    return encoded
+
+
+async def _logits(batcher: Batcher, encoded: list[Encoded]) -> list[float]:
+    try:
+        return await batcher.score([one.token_ids for one in encoded])
+    except (RuntimeError, ValueError, MemoryError) as error:  # its traceback is in the log already
+        raise _Refused(500, "engine_failed", f"the engine failed ({type(error).__name__})") from error
+
+
+def _json(record: VersionInfo | ScoreResponse) -> Response:
+    return Response(record.model_dump_json(), media_type="application/json")
+
+
+def _answer(refused: _Refused) -> Response:
+    headers = {"retry-after": str(RETRY_AFTER_S)} if refused.status in (429, 503) else {}
+    if refused.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if refused.status == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return Response(
+        refused.body.model_dump_json(), refused.status, headers=headers, media_type="application/json"
+    )
