@@ -1,0 +1,270 @@
+"""One self-contained page: figures, curves, chains side by side. Nothing untrusted reaches it unescaped."""
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from tagpr.errors import DataError
+from tagpr.evaluation.figures import Series, line_chart
+from tagpr.evaluation.rows import Row
+from tagpr.evaluation.score import Summary
+from tagpr.evaluation.tables import SYNTHETIC, Table, tables
+from tagpr.tags import TAGS, parse_segments
+
+# A page must open on any machine: longer texts are cut here (and say so), never in the rows' files.
+LONGEST_TEXT = 20_000
+MOST_POINTS = 400
+
+REWARDS = {
+    "reward/total/mean": "reward (of its stage)",
+    "reward/verifiable/mean": "R_v: verifiable",
+    "reward/repetition/mean": "R_rep: repetition",
+    "reward/format/mean": "R_f: format",
+    "reward/tag/mean": "R_tag: tags",
+    "reward/prmu/mean": "R_PRMU",
+    "response_length/mean": "response tokens",
+    "training/rollout_probs_diff_max": "rollout vs actor: largest difference of probabilities",
+}
+_KEPT = re.compile(rf"(</?(?:{'|'.join(TAGS)})>)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row as every model answered it; ``prompt`` is what they all saw."""
+
+    id: str
+    prompt: str
+    rows: Mapping[str, Row]
+
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def read_metrics(path: Path) -> Curves:
+    """Curves of a ``metrics.jsonl``, name -> (step, value) by step.
+
+    Its lines are ``{"step": int, "data": {name: number}}``. A step that occurs again, after a resume, counts as
+    it was last; values that are not finite numbers and a last line torn by a kill are left out.
+
+    Raises:
+        DataError: another line is not of that form.
+    """
+    curves: dict[str, dict[float, float]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            step, data = float(entry["step"]), dict(entry["data"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise DataError(
+                f'{path}:{number}: is not {{"step": ..., "data": {{...}}}}. Move the file away.'
+            ) from None
+        for name, value in data.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                curves.setdefault(name, {})[step] = float(value)
+    return {name: sorted(curve.items()) for name, curve in curves.items()}
+
+
+def choose_cases(rows: Mapping[str, Sequence[Row]], number: int) -> list[str]:
+    """Ids of the rows to show: of each task in turn the first on which the models' R_v differ, else its first.
+
+    Shown for how the models reason, not as evidence: the rule looks at neither model with favour.
+    """
+    by_task: dict[str, list[str]] = {}
+    scores: dict[str, set[float]] = {}
+    for model in rows.values():
+        for row in model:
+            scores.setdefault(row.id, set()).add(row.verifiable)
+    for row in next(iter(rows.values())):
+        if row.id not in by_task.setdefault(row.task, []):
+            by_task[row.task].append(row.id)
+    ordered = [
+        sorted(ids, key=lambda id_: (len(scores[id_]) == 1, id_)) for _, ids in sorted(by_task.items())
+    ]
+    deepest = max(map(len, ordered), default=0)
+    return [ids[depth] for depth in range(deepest) for ids in ordered if depth < len(ids)][:number]
+
+
+def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path]) -> str:
+    """The whole page as HTML.
+
+    Args:
+        summary: every figure.
+        cases: what to show side by side.
+        metrics: stage (sft, prmu, guided, exploratory) -> its metrics.jsonl, which may be missing.
+    """
+    template = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    banner = f'<p class="banner">{html.escape(SYNTHETIC)}</p>' if summary.synthetic else ""
+    return template.substitute(
+        title=html.escape(f"TagPR on {summary.benchmark}"),
+        subtitle=html.escape(f"{summary.split} split, {summary.rows_selected:,} rows"),
+        banner=banner,
+        tables="".join(map(_table, tables(summary))),
+        rewards=_reward_curves(metrics),
+        losses=_loss_curves(metrics),
+        cases="".join(map(_case, cases)) or "<p>No rows to show.</p>",
+        legend=" ".join(f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(TAGS)),
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in table.head)
+    body = ""
+    for first, *others in table.rows:
+        figures = "".join(f"<td>{_strong(html.escape(cell.text), cell.bold)}</td>" for cell in others)
+        body += f"<tr><th>{html.escape(first.text)}</th>{figures}</tr>"
+    grid = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f"<section><h2>{html.escape(table.title)}</h2><p class='note'>{html.escape(table.note)}</p>"
+        f"<div class='scroll'>{grid}</div></section>"
+    )
+
+
+def _strong(text: str, bold: bool) -> str:
+    return f"<strong>{text}</strong>" if bold else text
+
+
+def _read(stage: str, metrics: Mapping[str, Path]) -> tuple[Curves, str]:
+    """A stage's curves, or a sentence on why there are none."""
+    path = metrics.get(stage)
+    if path is None:
+        return {}, f"{stage}: no metrics file is configured."
+    if not path.is_file():
+        return {}, f"{stage}: {path} is missing, so there is no curve."
+    curves = read_metrics(path)
+    return curves, "" if curves else f"{stage}: {path} holds no figures yet."
+
+
+def _reward_curves(metrics: Mapping[str, Path]) -> str:
+    """Guided and exploratory RL on one axis of steps, exploratory after guided's last."""
+    guided, no_guided = _read("guided", metrics)
+    exploratory, no_exploratory = _read("exploratory", metrics)
+    offset = max((curve[-1][0] for curve in guided.values()), default=0.0)
+    stages = [("guided", guided, 0.0), ("exploratory", exploratory, offset)]
+    validation = sorted({name for _, curves, _ in stages for name in curves if name.startswith("val-core/")})[
+        :12
+    ]
+    charts = []
+    for name in [*REWARDS, *validation]:
+        series = [
+            Series(stage, _thin([(step + shift, value) for step, value in curves[name]]), number)
+            for number, (stage, curves, shift) in enumerate(stages)
+            if name in curves
+        ]
+        charts.append(_figure(REWARDS.get(name, name), name, series))
+    key = (
+        '<p class="key"><span class="swatch c0"></span>guided <span class="swatch c1"></span>exploratory '
+        f"(step 0 = guided's last, {offset:g})</p>"
+    )
+    return _gaps([no_guided, no_exploratory]) + (
+        key + f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+    )
+
+
+def _loss_curves(metrics: Mapping[str, Path]) -> str:
+    charts: list[str] = []
+    gaps: list[str] = []
+    for number, stage in enumerate(("sft", "prmu"), start=2):
+        curves, gap = _read(stage, metrics)
+        gaps.append(gap)
+        shown = [name for name in curves if name.endswith("loss") or "accuracy" in name][:6]
+        if curves and not shown:
+            gaps.append(f"{stage}: its metrics name neither a loss nor an accuracy.")
+        charts += [
+            _figure(f"{stage}: {name}", name, [Series(stage, _thin(curves[name]), number)]) for name in shown
+        ]
+    return _gaps(gaps) + (f'<div class="charts">{"".join(charts)}</div>' if charts else "")
+
+
+def _gaps(sentences: Sequence[str]) -> str:
+    return "".join(f'<p class="gap">{html.escape(sentence)}</p>' for sentence in sentences if sentence)
+
+
+def _figure(title: str, name: str, series: Sequence[Series]) -> str:
+    chart = line_chart(series, title)
+    if not chart:
+        return ""
+    ends = "; ".join(
+        f"{each.name} {each.points[0][1]:.3g} → {each.points[-1][1]:.3g}" for each in series if each.points
+    )
+    return (
+        f"<figure><figcaption title='{html.escape(name)}'>{html.escape(title)}"
+        f"<small>{html.escape(ends)}</small></figcaption>{chart}</figure>"
+    )
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    stride = math.ceil(len(points) / MOST_POINTS) or 1
+    kept = list(points[::stride])
+    if points and kept[-1] != points[-1]:
+        kept.append(points[-1])
+    return kept
+
+
+def _case(case: Case) -> str:
+    some = next(iter(case.rows.values()))
+    columns = "".join(_column(label, row) for label, row in case.rows.items())
+    return (
+        f"<article><h3>{html.escape(case.id)} <small>user {html.escape(some.user_id)}</small></h3>"
+        f"<p>Gold: <q>{_text(some.gold)}</q></p>"
+        f"<details><summary>Prompt ({some.prompt_tokens:,} tokens, {some.items_used} profile items)</summary>"
+        f"<pre>{_text(case.prompt)}</pre></details><div class='columns'>{columns}</div></article>"
+    )
+
+
+def _column(label: str, row: Row) -> str:
+    facts = [f"R_v {row.verifiable:.2f}", f"{row.response_tokens:,} tokens"]
+    if row.finish_reason == "length":
+        facts.append("truncated")
+    if row.failure:
+        facts.append(row.failure)
+    told = row.format == 1.0 or row.reasoning or row.answer
+    body = (
+        f"{_reasoning(row.reasoning)}<p class='answer'>{_text(row.answer) or '(no answer)'}</p>"
+        if told
+        else f"<div class='chain'>{_marked(row.response) or '(empty)'}</div>"
+    )
+    return f"<div><h4>{html.escape(label)} <small>{html.escape(', '.join(facts))}</small></h4>{body}</div>"
+
+
+def _reasoning(reasoning: str) -> str:
+    """Segments as blocks where the tags parse; else the text as it is, with the tags it has marked."""
+    parsed = parse_segments(reasoning)
+    if parsed.problem or not parsed.segments:
+        return f"<div class='chain'>{_marked(reasoning)}</div>"
+    blocks = ""
+    for tag, text in parsed.segments:
+        hue = f"t{TAGS.index(tag)}"
+        blocks += f'<div class="segment {hue}"><span class="pill {hue}">{tag}</span> {_text(text)}</div>'
+    return f"<div class='chain'>{blocks}</div>"
+
+
+def _marked(text: str) -> str:
+    parts = []
+    for part in _KEPT.split(_cut(text)):
+        if _KEPT.fullmatch(part):
+            number = TAGS.index(part.strip("</>"))
+            parts.append(f'<span class="pill t{number}">{html.escape(part)}</span>')
+        else:
+            parts.append(html.escape(part))
+    return "".join(parts)
+
+
+def _text(text: str) -> str:
+    return html.escape(_cut(text))
+
+
+def _cut(text: str) -> str:
+    # Half a surrogate pair cannot be written as UTF-8.
+    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters in the rows' file)"
