@@ -158,8 +158,8 @@ def _named_ratings(text: str) -> set[str]:
 
 
 def _named_labels(labels: tuple[str, ...], text: str) -> set[str]:
-    # Longest first: "dark comedy" is one label, not also "comedy".
-    pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    # No label begins another, and the search goes from left to right: "dark comedy" is not also "comedy".
+    pattern = "|".join(map(re.escape, labels))
     return {found.casefold() for found in re.findall(rf"(?<![\w-])(?:{pattern})(?![\w-])", text, re.I)}
 
 

@@ -58,6 +58,7 @@ def test_every_label_is_its_own_answer(task: str) -> None:
         ("lamp2", "Tag: comedy", "comedy"),
         ("lamp2", '"Dark Comedy."', "dark comedy"),
         ("lamp2", "[based on a book]", "based on a book"),
+        ("lamp2", "I would call it a dark comedy, on balance.", "dark comedy"),
         ("lamp2", "The most suitable tag is **Sci-Fi**.", "sci-fi"),
         ("lamp3", "**4**", "4"),
         ("lamp3", "4.0", "4"),
