@@ -13,6 +13,7 @@ from tagpr.benchmarks.lamp import parse_answer, read_split, render_prompt
 from tagpr.benchmarks.minilamp.generate import NEWEST, PROFILE_ITEMS, draw, write
 from tagpr.benchmarks.minilamp.reader import (
     NO_FAULTS,
+    OFF_TOPIC,
     FaultRates,
     quality,
     read,
@@ -240,6 +241,18 @@ def test_faults_come_at_their_rates() -> None:
         assert faults["lazy"] + faults["wrong_pattern"] == pytest.approx(1500 * expected, abs=75)
         assert faults["sloppy"] == pytest.approx(150, abs=45)
         assert closed == pytest.approx(375 if task in GENERATION else 0, abs=60)
+
+
+def test_a_sloppy_chain_repeats_a_step_or_leaves_the_topic() -> None:
+    repeated, left_topic = 0, 0
+    for index in range(200):
+        prompt, _ = drawn("lamp2", index)
+        steps = reason(prompt, random.Random(index), FaultRates(sloppy=1.0)).steps
+        assert len(steps) == 5
+        repeated += len(set(steps)) == 4
+        left_topic += any(sentence in OFF_TOPIC for _, sentence in steps)
+    assert repeated + left_topic == 200
+    assert 70 < repeated < 130
 
 
 def test_a_closing_guess_is_right_one_time_in_four_and_always_with_a_longer_profile() -> None:
