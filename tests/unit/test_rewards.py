@@ -170,6 +170,10 @@ def test_the_guard_makes_breaking_the_format_never_pay(r_v: float, r_rep: float)
     assert foundation(r_v, r_rep, 1.0, "no_escape") == foundation(r_v, r_rep, 1.0)
 
 
+def test_a_broken_format_is_a_plain_zero() -> None:
+    assert math.copysign(1, foundation(0.0, -0.5, 0.0)) == 1.0  # -0.0 would show up in every log
+
+
 def test_the_literal_equations_reward_an_escape_and_the_guard_is_opt_in() -> None:
     looping = [7] * 50
     broken, formed = (
