@@ -72,8 +72,8 @@ def line_chart(series: Sequence[Series], label: str) -> str:
 
 def ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[float]:
     """About ``wanted`` + 1 round numbers from at most ``low`` to at least ``high``."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 0.5
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):
+        margin = 0.1 * abs(low) if abs(low) > 1e-280 else 0.5
         low, high = low - margin, high + margin
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
@@ -82,5 +82,6 @@ def ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[flo
         step = max(1.0, float(math.ceil(step)))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    # Rounding takes 0.30000000000000004 away again.
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    # Rounding makes 0.30000000000000004 0.3 again.
+    digits = 2 - math.floor(math.log10(step))
+    return [round(number * step, digits) for number in range(first, max(last, first + 1) + 1)]

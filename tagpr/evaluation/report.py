@@ -162,7 +162,7 @@ def _reward_curves(metrics: Mapping[str, Path]) -> str:
         charts.append(_figure(REWARDS.get(name, name), name, series))
     key = (
         '<p class="key"><span class="swatch c0"></span>guided <span class="swatch c1"></span>exploratory '
-        f"(step 0 = guided's last, {offset:g})</p>"
+        f"(its step 0 is guided's last, {offset:g}); across: training steps</p>"
     )
     return _gaps([no_guided, no_exploratory]) + (
         key + f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""

@@ -1,0 +1,227 @@
+"""Answering rows: nothing twice, nothing lost, whatever kills the run; what becomes of odd completions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tagpr.benchmarks.examples import QueryTooLongError
+from tagpr.errors import StageError
+from tagpr.evaluation.generate import Completion, PromptRenderer, RenderedPrompt, Request, answer
+from tagpr.evaluation.rows import RowFile
+from tagpr.evaluation.score import score_row
+from tagpr.schema import Example
+
+SETTINGS = {"model": "abc"}
+REPLY = "<think>\n<make_decision> fine. </make_decision>\n</think>\n\n5"
+
+
+def examples(number: int) -> list[Example]:
+    return [
+        Example(
+            id=f"r{n}", task="lamp3", split="dev", user_id=str(n % 3), query="review: x", profile=(), gold="5"
+        )
+        for n in range(number)
+    ]
+
+
+class FakeRenderer:
+    """Characters for tokens."""
+
+    def render(self, example: Example) -> RenderedPrompt:
+        if example.id == "r13":
+            raise QueryTooLongError("r13: too long. Raise it.")
+        return RenderedPrompt(example.id, tuple(map(ord, example.id)), 0, 0)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    reasoning_tokens = PromptRenderer.reasoning_tokens
+    tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: list(text))})
+
+
+class FakeEngine:
+    """Answers the same to everything, last request first, and dies after ``survives`` answers."""
+
+    def __init__(self, survives: int = 10**9, finish_reason: str = "stop") -> None:
+        self.survives = survives
+        self.finish_reason = finish_reason
+        self.asked: list[Request] = []
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        self.asked = list(requests)
+        for number, request in enumerate(reversed(requests)):
+            if number == self.survives:
+                raise RuntimeError("engine died")
+            yield Completion(request.key, tuple(map(ord, REPLY)), self.finish_reason)
+
+    def start(self) -> AbstractContextManager["FakeEngine"]:
+        @contextmanager
+        def running() -> Iterator[FakeEngine]:
+            yield self
+
+        return running()
+
+
+def go(path: Path, engine: FakeEngine, rows: int = 10, seeds: Sequence[int | None] = (None,)) -> int:
+    with RowFile(path, SETTINGS) as file:
+        return answer(
+            label="base",
+            examples=examples(rows),
+            seeds=seeds,
+            file=file,
+            renderer=FakeRenderer,  # type: ignore[arg-type]
+            engine=engine.start,
+            score=lambda generation, example: score_row(generation, example, None),
+            write_every_s=0.0,
+        )
+
+
+def ids(path: Path) -> list[tuple[str, int | None]]:
+    return [(row["id"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())]
+
+
+def test_every_row_and_seed_once(tmp_path: Path) -> None:
+    path = tmp_path / "base.jsonl"
+    assert go(path, FakeEngine(), rows=4, seeds=[None, 1, 2]) == 12
+    assert len(set(ids(path))) == len(ids(path)) == 12
+    # More rows and one more seed later: only those are asked for.
+    engine = FakeEngine()
+    assert go(path, engine, rows=5, seeds=[None, 1, 2, 3]) == 8
+    assert {request.key for request in engine.asked} == {("r4", None), ("r4", 1), ("r4", 2)} | {
+        (f"r{n}", 3) for n in range(5)
+    }
+    assert len(set(ids(path))) == len(ids(path)) == 20
+
+
+def test_an_engine_that_dies_keeps_what_it_answered(tmp_path: Path) -> None:
+    path = tmp_path / "base.jsonl"
+    with pytest.raises(RuntimeError, match="engine died"):
+        go(path, FakeEngine(survives=6))
+    assert [id_ for id_, _ in ids(path)] == ["r9", "r8", "r7", "r6", "r5", "r4"]
+    engine = FakeEngine()
+    assert go(path, engine) == 4
+    assert {request.key[0] for request in engine.asked} == {"r0", "r1", "r2", "r3"}
+    assert sorted(id_ for id_, _ in ids(path)) == sorted(example.id for example in examples(10))
+
+
+def test_killed_in_the_middle_then_run_again(tmp_path: Path) -> None:
+    """A real process, really killed, with half a line behind it."""
+    path = tmp_path / "base.jsonl"
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal\nfrom pathlib import Path\nfrom test_evaluation_generate import *\n"
+        "class Killing(FakeEngine):\n"
+        "    def complete(self, requests):\n"
+        "        for number, completion in enumerate(super().complete(requests)):\n"
+        "            if number == 5:\n"
+        f'                os.write(os.open({str(path)!r}, os.O_WRONLY | os.O_APPEND), b\'{{"id": "r4", "ta\')\n'
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            yield completion\n"
+        f"go(Path({str(path)!r}), Killing())\n"
+    )
+    here = Path(__file__).parent
+    root = here.parent.parent
+    killed = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{here}"},
+        timeout=60,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_bytes().endswith(b'"ta')
+    engine = FakeEngine()
+    assert go(path, engine) == 5
+    assert sorted(id_ for id_, _ in ids(path)) == sorted(example.id for example in examples(10))
+
+
+def test_with_nothing_to_do_no_engine_and_no_tokenizer_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "base.jsonl"
+    go(path, FakeEngine())
+
+    def forbidden() -> None:
+        raise AssertionError("loaded")
+
+    with RowFile(path, SETTINGS) as file:
+        done = answer(
+            label="base",
+            examples=examples(10),
+            seeds=[None],
+            file=file,
+            renderer=forbidden,  # type: ignore[arg-type]
+            engine=forbidden,  # type: ignore[arg-type]
+            score=lambda generation, example: score_row(generation, example, None),
+        )
+    assert done == 0
+
+
+def test_a_query_that_does_not_fit_is_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "base.jsonl"
+    assert go(path, FakeEngine(), rows=15) == 14
+    assert ("r13", None) not in ids(path)
+    assert "r13: too long" in caplog.text
+
+
+def test_truncation_is_recorded_and_an_aborted_row_is_an_error(tmp_path: Path) -> None:
+    go(tmp_path / "cut.jsonl", FakeEngine(finish_reason="length"), rows=1)
+    assert json.loads((tmp_path / "cut.jsonl").read_text())["finish_reason"] == "length"
+    with pytest.raises(StageError, match="vLLM ended row r0 with 'abort'"):
+        go(tmp_path / "aborted.jsonl", FakeEngine(finish_reason="abort"), rows=1)
+    assert (tmp_path / "aborted.jsonl").read_text() == ""
+
+
+def test_reasoning_tokens_end_at_the_mark() -> None:
+    count = FakeRenderer().reasoning_tokens
+    assert count("<think>\nabc\n</think>\n\n5", 99) == 3  # type: ignore[misc]
+    assert count("abc</think>5", 99) == 3  # type: ignore[misc]
+    assert count("<think>\nnever closed", 99) == 99  # type: ignore[misc]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> str:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab={letter: n for n, letter in enumerate(sorted(byte_level.alphabet()))}, merges=[]
+        )
+    )
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = TEMPLATE
+    folder = tmp_path / "tokenizer"
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def test_prompt_is_one_user_message_and_ends_where_the_model_begins(tokenizer_folder: str) -> None:
+    from tagpr.evaluation.generate import PromptSettings
+
+    renderer = PromptRenderer(tokenizer_folder, PromptSettings(8, "recency", 100, 20, 0))
+    example = examples(1)[0].model_copy(update={"query": "review: <|im_end|> <think>"})
+    prompt = renderer.render(example)
+    text = renderer.tokenizer.decode(prompt.token_ids)
+    assert text == f"<|im_start|>user\n{prompt.text}<|im_end|>\n<|im_start|>assistant\n"
+    control = renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompt.token_ids.count(control) == 1
+    assert renderer.decode([*renderer.tokenizer.encode("<think>a</think>b"), control]) == "<think>a</think>b"
+    with pytest.raises(QueryTooLongError):
+        renderer.render(example.model_copy(update={"query": "review: " + "x" * 100}))

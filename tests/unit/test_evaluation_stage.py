@@ -1,0 +1,201 @@
+"""The whole stage with the engine replaced: outputs, going on, and one line for everything a user can get wrong."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+import tagpr.evaluation.__main__ as stage
+from tagpr.benchmarks.examples import write_examples
+from tagpr.configuration import compose, resolve
+from tagpr.errors import ConfigError, DataError, StageError, TagPRError
+from tagpr.evaluation.generate import Completion, RenderedPrompt, Request
+from tagpr.schema import Example
+
+LABELS = ["base", "sft", "guided", "exploratory"]
+
+
+class FakeRenderer:
+    def __init__(self, model: str, settings: object) -> None:
+        self.model = model
+
+    def render(self, example: Example) -> RenderedPrompt:
+        return RenderedPrompt(f"Prompt of {example.id}", (1, 2, 3), 0, 0)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def reasoning_tokens(self, response: str, total: int) -> int:
+        return total
+
+
+class FakeEngine:
+    """Says what lies in ``reply.txt`` beside the model."""
+
+    started: list[str] = []  # noqa: RUF012
+
+    def __init__(self, model: str, *_: object) -> None:
+        self.model = model
+        self.started.append(Path(model).parent.name)
+
+    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        for request in requests:
+            reply = (Path(self.model) / "reply.txt").read_text()
+            yield Completion(request.key, tuple(map(ord, reply)), "stop")
+
+    def __enter__(self) -> "FakeEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(stage, "PromptRenderer", FakeRenderer)
+    monkeypatch.setattr(stage, "VllmEngine", FakeEngine)
+    monkeypatch.setattr(stage, "_has_gpu", lambda: False)
+    FakeEngine.started.clear()
+    for split, users in (("train", 2), ("dev", 4)):
+        write_examples(
+            tmp_path / "data" / "minilamp" / f"{split}.jsonl",
+            [
+                Example(
+                    id=f"{task}:{split}:{n}", task=task, split=split, user_id=str(n % users), query="q",  # type: ignore[arg-type]
+                    profile=(), gold="4" if task == "lamp3" else "[1]",
+                )
+                for task in ("lamp1", "lamp3")
+                for n in range(6)
+            ],
+        )  # fmt: skip
+    for folder, answer in zip(("base", "sft", "guided_rl", "exploratory_rl"), "1444", strict=True):
+        make_model(tmp_path / folder / "model", f"<think>\nwords.\n</think>\n\n{answer}")
+    return tmp_path
+
+
+def make_model(folder: Path, reply: str) -> None:
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "reply.txt").write_text(reply)
+
+
+def evaluate(outputs: Path, *overrides: str) -> dict:
+    config = compose("evaluate", [f"run.outputs={outputs}", "evaluate.bootstrap.resamples=50", *overrides])
+    stage.run(resolve(config))
+    return json.loads((outputs / "evaluation" / "summary.json").read_text())
+
+
+def test_everything_is_written_and_a_second_run_starts_nothing(
+    outputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    summary = evaluate(outputs)
+    folder = outputs / "evaluation"
+    greedy = summary["decodings"][0]
+    assert list(greedy["models"]) == LABELS
+    assert greedy["models"]["sft"]["verifiable"] == {"lamp1": 0.0, "lamp3": 1.0}
+    assert greedy["models"]["base"]["task_score"] == 0.5  # "1" is [1] of LaMP-1, and wrong in LaMP-3
+    assert greedy["models"]["sft"]["groups"]["seen"]["users"] == 2
+    assert summary["rows_selected"] == 12
+    table = (folder / "table.md").read_text()
+    assert table in capfd.readouterr().out
+    assert "12 rows of 4 users, greedy decoding" in table
+    assert "Prompt of lamp1:dev:0" in (folder / "report.html").read_text()
+    assert json.loads((folder / "manifest.json").read_text())["stage"] == "evaluate"
+    assert FakeEngine.started == ["base", "sft", "guided_rl", "exploratory_rl"]
+    evaluate(outputs)
+    assert len(FakeEngine.started) == 4
+    assert (folder / "table.md").read_text() == table
+
+
+def test_limit_takes_all_tasks_evenly_and_a_larger_one_only_adds(outputs: Path) -> None:
+    few = evaluate(outputs, "evaluate.limit=4", "evaluate.only=[sft]")
+    rows = (outputs / "evaluation" / "sft.jsonl").read_text()
+    assert few["decodings"][0]["models"]["sft"]["verifiable"] == {"lamp1": 0.0, "lamp3": 1.0}
+    assert len(rows.splitlines()) == 4
+    evaluate(outputs, "evaluate.limit=6", "evaluate.only=[sft]")
+    more = (outputs / "evaluation" / "sft.jsonl").read_text()
+    assert more.startswith(rows)
+    assert len(more.splitlines()) == 6
+    again = evaluate(outputs, "evaluate.limit=4", "evaluate.only=[sft]")
+    assert again["decodings"][0]["models"]["sft"]["rows"] == 4
+    assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 6
+
+
+def test_samples_stand_beside_greedy_answers(outputs: Path) -> None:
+    summary = evaluate(outputs, "evaluate.seeds=[5,6]", "evaluate.only=[sft,guided]")
+    assert [each["name"] for each in summary["decodings"]] == ["greedy", "sampled"]
+    assert summary["decodings"][1]["models"]["sft"]["seeds"] == [5, 6]
+    assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 36
+
+
+def test_a_retrained_model_answers_again(outputs: Path) -> None:
+    evaluate(outputs, "evaluate.only=[sft]")
+    (outputs / "sft" / "model" / "reply.txt").write_text("<think>\nwords.\n</think>\n\n1")
+    (outputs / "sft" / "model" / "model.safetensors").write_text("{1}")
+    with pytest.raises(StageError, match="made with another model"):
+        evaluate(outputs, "evaluate.only=[sft]", "evaluate.when_changed=refuse")
+    assert evaluate(outputs, "evaluate.only=[sft]")["decodings"][0]["models"]["sft"]["task_score"] == 0.5
+    assert list((outputs / "evaluation" / "superseded").glob("*sft.jsonl"))
+
+
+def test_rows_scored_by_older_code_are_scored_again(outputs: Path) -> None:
+    evaluate(outputs, "evaluate.only=[sft]")
+    path = outputs / "evaluation" / "sft.jsonl"
+    right = path.read_text()
+    path.write_text(right.replace('"verifiable": 1.0', '"verifiable": 0.125'))
+    assert evaluate(outputs, "evaluate.only=[sft]")["decodings"][0]["models"]["sft"]["task_score"] == 0.5
+    assert path.read_text() == right
+
+
+def test_a_model_of_ones_own(outputs: Path) -> None:
+    make_model(outputs / "mine", "nothing")
+    summary = evaluate(outputs, f"+evaluate.models.mine={outputs}/mine", "evaluate.only=[base,mine]")
+    assert summary["decodings"][0]["models"]["mine"]["failures"] == {"no_think": 12}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["evaluate.only=[sft,gided]"], ConfigError, "evaluate.only=gided: no such model"),
+        (["evaluate.only=[]"], ConfigError, "names no model"),
+        (["evaluate.limit=0"], ConfigError, "evaluate.limit=0"),
+        (["evaluate.greedy=false"], ConfigError, "nothing to do"),
+        (["evaluate.seeds=[1,1]"], ConfigError, "a seed twice"),
+        (["evaluate.seeds=[1]", "evaluate.temperature=0"], ConfigError, "evaluate.temperature=0"),
+        (["evaluate.when_changed=never"], ConfigError, "evaluate.when_changed=never"),
+        (["evaluate.split=test"], StageError, "test.jsonl: no such file. Run `bash recipes/prepare_data.sh`"),
+        (["benchmark.tasks=[lamp7]"], DataError, "holds no row of benchmark.tasks"),
+        (["+evaluate.models.mine=/nowhere/at/all"], StageError, "evaluate.models.mine=/nowhere/at/all"),
+        (["evaluate.modles=1"], ConfigError, "evaluate.modles"),
+        (["paths.guided=/nowhere"], StageError, "paths.guided=/nowhere: no such folder. Run `bash recipes/guided_rl.sh`"),
+        (["paths.exploratory=/nowhere"], StageError, "recipes/exploratory_rl.sh"),
+        (["paths.sft=/nowhere"], StageError, "recipes/sft.sh"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_before_anything_starts(
+    outputs: Path, overrides: list[str], error: type[TagPRError], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        evaluate(outputs, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert FakeEngine.started == []
+
+
+def test_without_a_training_split_nobody_is_called_unseen(
+    outputs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (outputs / "data" / "minilamp" / "train.jsonl").unlink()
+    with caplog.at_level(logging.WARNING):
+        summary = evaluate(outputs, "evaluate.only=[sft]")
+    assert list(summary["decodings"][0]["models"]["sft"]["groups"]) == ["unknown"]
+    assert "train.jsonl: missing" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["minilamp", "paper"])
+def test_every_setting_composes(setting: str) -> None:
+    config = resolve(compose("evaluate", [f"setting={setting}"]))
+    assert stage.EngineSettings(**config.evaluate.engine).max_num_seqs > 0
