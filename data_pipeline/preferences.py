@@ -1,0 +1,130 @@
+"""Preference pairs for PRMU, from the teacher's chains (S15, S16)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from data_pipeline.selection import interleave, shuffled
+from data_pipeline.settings import PreferenceSettings
+from tagpr.schema import Chain, PreferencePair
+from tagpr.tags import format_response
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair before its chains are tagged; both answer the same instance, ``prompt`` is the one with the profile."""
+
+    kind: Literal["prp", "pqp"]
+    prompt: str
+    chosen: Chain
+    rejected: Chain
+
+    @property
+    def id(self) -> str:
+        """Kind and the two chains."""
+        return f"{self.kind}:{self.chosen.id}:{self.rejected.id}"
+
+    @property
+    def margin(self) -> float:
+        """R_v of the chosen answer minus that of the rejected one."""
+        return self.chosen.verifiable - self.rejected.verifiable
+
+    @property
+    def last_word_only(self) -> bool:
+        """The answers are equally long and differ in their last word: what a profile may not show (MiniLaMP's habit)."""
+        chosen, rejected = self.chosen.answer.split(), self.rejected.answer.split()
+        return len(chosen) > 1 and chosen[:-1] == rejected[:-1] and chosen[-1:] != rejected[-1:]
+
+
+def _text(chain: Chain) -> tuple[str, str]:
+    return chain.reasoning, chain.answer
+
+
+def prp_candidates(
+    kept: Sequence[Chain], without_profile: Sequence[Chain], minimum_gain: float | None
+) -> list[Candidate]:
+    """Every kept chain over every chain that was made without the profile for the same instance (S15).
+
+    Equal texts are no pair. ``minimum_gain`` drops pairs whose chosen answer is not at least so much better by R_v; None:
+    as the paper says it, whatever the answers.
+    """
+    others: dict[str, list[Chain]] = {}
+    for chain in without_profile:
+        others.setdefault(chain.example_id, []).append(chain)
+    found = {}
+    for chosen in kept:
+        for rejected in others.get(chosen.example_id, []):
+            candidate = Candidate("prp", chosen.prompt, chosen, rejected)
+            if _text(chosen) != _text(rejected) and (
+                minimum_gain is None or candidate.margin >= minimum_gain
+            ):
+                found[chosen.example_id, _text(chosen), _text(rejected)] = candidate
+    return list(found.values())
+
+
+def pqp_candidates(personalised: Sequence[Chain], margin: float) -> list[Candidate]:
+    """Every two chains with the profile for one instance whose R_v differ by more than ``margin`` (S16): no ties.
+
+    Chains with the same answer never differ, so a pair never sets two wordings of one answer against each other.
+    """
+    by_example: dict[str, dict[tuple[str, str], Chain]] = {}
+    for chain in personalised:
+        by_example.setdefault(chain.example_id, {}).setdefault(_text(chain), chain)
+    found = []
+    for chains in by_example.values():
+        for one, other in combinations(chains.values(), 2):
+            better, worse = (one, other) if one.verifiable > other.verifiable else (other, one)
+            if better.verifiable - worse.verifiable > margin:
+                found.append(Candidate("pqp", better.prompt, better, worse))
+    return found
+
+
+def choose_pairs(
+    prp: Sequence[Candidate], pqp: Sequence[Candidate], settings: PreferenceSettings, seed: int
+) -> list[Candidate]:
+    """The pairs to keep: users take turns, within a user tasks, within a task instances, so that each user has its share.
+
+    With ``pqp_last_word_share``, that share of the PQP pairs differ in the answer's last word only, as far as there are
+    such pairs; what is missing of either sort is not made up by the other.
+    """
+
+    def first(candidates: Sequence[Candidate], size: int) -> list[Candidate]:
+        order = interleave(
+            shuffled(candidates, lambda candidate: candidate.id, seed),
+            lambda candidate: candidate.chosen.user_id,
+            lambda candidate: candidate.chosen.task,
+            lambda candidate: candidate.chosen.example_id,
+        )
+        return order[:size]
+
+    chosen = first(prp, settings.prp_pairs)
+    share = settings.pqp_last_word_share
+    if share is None:
+        return chosen + first(pqp, settings.pqp_pairs)
+    last_word = round(share * settings.pqp_pairs)
+    chosen += first([candidate for candidate in pqp if candidate.last_word_only], last_word)
+    chosen += first(
+        [candidate for candidate in pqp if not candidate.last_word_only], settings.pqp_pairs - last_word
+    )
+    return chosen
+
+
+def finish_pair(candidate: Candidate, tagged: Mapping[str, str]) -> PreferencePair | None:
+    """The pair with both chains tagged, as the policy will write them; None if either could not be tagged.
+
+    ``tagged`` maps chain ids to tagged reasoning. Both sides are tagged or there is no pair: PRMU must not learn to tell
+    tagged from untagged.
+    """
+    if not (tagged.get(candidate.chosen.id) and tagged.get(candidate.rejected.id)):
+        return None
+    return PreferencePair(
+        id=candidate.id,
+        kind=candidate.kind,
+        task=candidate.chosen.task,
+        user_id=candidate.chosen.user_id,
+        prompt=candidate.prompt,
+        chosen=format_response(tagged[candidate.chosen.id], candidate.chosen.answer),
+        rejected=format_response(tagged[candidate.rejected.id], candidate.rejected.answer),
+        margin=candidate.margin,
+    )

@@ -1,0 +1,115 @@
+"""The ``chains:`` node of the configuration, checked: types, ranges, and what goes together."""
+
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tagpr.errors import ConfigError
+
+Share = float
+
+
+class Settings(BaseModel):
+    """Closed and immutable; no default lives here, they are all in ``tagpr/config/build_chains.yaml``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """One model behind an OpenAI-compatible endpoint."""
+
+    model: str
+    base_url: str | None
+    key_variable: str | None
+    revision: str
+    temperature: float = Field(ge=0.0)
+    top_p: float = Field(gt=0.0, le=1.0)
+    max_tokens: int = Field(gt=0)
+    request: dict[str, Any]
+    concurrency: int = Field(gt=0)
+    timeout_s: float = Field(gt=0.0)
+
+
+class PromptFiles(Settings):
+    """Where the wordings of the prompts are."""
+
+    judge: str
+    restricted_tagging: str
+
+
+class SimulatedFaults(Settings):
+    """Shares in [0, 1] of the simulated endpoint's replies that go wrong; ``teacher`` overrides its FaultRates."""
+
+    teacher: dict[str, Share]
+    truncated: Share = Field(ge=0.0, le=1.0)
+    judge_malformed: Share = Field(ge=0.0, le=1.0)
+    judge_wrong_total: Share = Field(ge=0.0, le=1.0)
+    tag_unknown: Share = Field(ge=0.0, le=1.0)
+    tag_rewritten: Share = Field(ge=0.0, le=1.0)
+    tag_unclosed: Share = Field(ge=0.0, le=1.0)
+    http_429: Share = Field(ge=0.0, le=1.0)
+    http_500: Share = Field(ge=0.0, le=1.0)
+    latency_s: float = Field(ge=0.0)
+
+
+class PreferenceSettings(Settings):
+    """Preference pairs for PRMU (S15, S16)."""
+
+    prp_pairs: int = Field(ge=0)
+    prp_instances_per_task: int = Field(ge=0)
+    prp_rollouts: int = Field(ge=0)
+    prp_minimum_gain: float | None
+    pqp_pairs: int = Field(ge=0)
+    pqp_margin: float = Field(ge=0.0, lt=1.0)
+    pqp_last_word_share: Share | None = Field(ge=0.0, le=1.0)
+    extra_rollouts: int = Field(ge=0)
+    extra_request: dict[str, Any]
+
+
+class ChainSettings(Settings):
+    """Everything that :mod:`data_pipeline` can be told."""
+
+    endpoint: Literal["simulated", "openai"]
+    instances_per_task: int = Field(gt=0)
+    rollouts: int = Field(gt=0)
+    rouge_l_above: dict[str, Share]
+    judge_minimum: int = Field(ge=3, le=19)
+    malformed_attempts: int = Field(gt=0)
+    minimum_segments: int = Field(gt=0)
+    size: int = Field(gt=0)
+    max_per_instance: int = Field(gt=0)
+    retries: int = Field(ge=0)
+    tokenizer: str | None
+    ledger: str
+    prompts: PromptFiles
+    teacher: ModelSettings
+    judge: ModelSettings
+    tagger: ModelSettings
+    preferences: PreferenceSettings
+    simulated: SimulatedFaults
+
+
+def read_settings(config: DictConfig) -> ChainSettings:
+    """Check ``config.chains``.
+
+    Raises:
+        ConfigError: naming the key, its value and what it may be.
+    """
+    node = OmegaConf.to_container(config.chains, resolve=True)
+    try:
+        settings = ChainSettings.model_validate(node)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(["chains", *map(str, problem["loc"])])
+        if problem["type"] in ("missing", "extra_forbidden"):
+            raise ConfigError(f"{key}: {problem['msg']}. See tagpr/config/build_chains.yaml.") from error
+        raise ConfigError(f"{key}={problem['input']}: {problem['msg']}. Change it.") from error
+    for name in ("teacher", "judge", "tagger"):
+        model: ModelSettings = getattr(settings, name)
+        if settings.endpoint == "openai" and not (model.base_url and model.key_variable):
+            raise ConfigError(
+                f"chains.{name}: chains.endpoint=openai needs base_url and key_variable (the name of the "
+                "environment variable that holds the key). Set both."
+            )
+    return settings
