@@ -82,11 +82,11 @@ def score_response(
     """Score one response of the policy.
 
     ``response_text`` may end in one ``<|im_end|>``; ``token_ids`` are the policy's own tokens of the same
-    response; ``finished`` is false where the policy ran into its token limit, which breaks the format however
-    whole the text looks. Every component is computed in both modes, so that their curves go on when the mode changes;
-    exploratory adds neither R_tag nor R_PRMU. ``failure`` names the first check that failed: those of the
-    format (``tags.split_response``), then those of the tags (``tags.check_tags``); a wrong answer is no
-    failure.
+    response; ``finished`` is false where the policy ran into its token limit, which breaks the format
+    however whole the text looks. Every component is computed in both modes, so that their curves go on when
+    the mode changes; exploratory adds neither R_tag nor R_PRMU. ``failure`` names the first check that
+    failed: those of the format (``tags.split_response``, then ``truncated``), then those of the tags
+    (``tags.check_tags``); a wrong answer is no failure.
 
     Raises:
         ConfigError: guided with gamma != 0 but no ``prmu`` (a missing score is never a 0), or an unknown

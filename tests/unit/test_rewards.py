@@ -220,6 +220,16 @@ def test_the_first_failing_check_is_named(
         )
 
 
+def test_a_response_cut_at_the_token_limit_is_no_answer() -> None:
+    def cut(text: str) -> RewardBreakdown:
+        return score_response("lamp2", "comedy", text, TOKENS, "guided", WEIGHTS, PRMU, finished=False)
+
+    whole = cut(format_response(CHAIN, "comedy"))
+    assert (whole.failure, whole.format, whole.verifiable, whole.tag) == ("truncated", 0.0, 0.0, 0.0)
+    assert whole.reward == pytest.approx(0.2 * PRMU.score)
+    assert cut(f"<think>{CHAIN}").failure == "think_unclosed"
+
+
 def test_a_missing_prmu_score_is_never_a_zero() -> None:
     with pytest.raises(ValueError, match="gamma"):
         score(prmu=None)
