@@ -34,6 +34,7 @@ logger = logging.getLogger("tagpr.tiny_model.pretrain")  # run as __main__, too
 
 WARMUP_STEPS = 20
 LOG_EVERY_S = 10.0
+METRICS_EVERY = 10
 MAX_NEW_TOKENS = 80
 IGNORED = -100
 
@@ -108,7 +109,7 @@ def build(config: DictConfig) -> tuple[PreTrainedTokenizerFast, Qwen3ForCausalLM
 def train(
     config: DictConfig, tokenizer: PreTrainedTokenizerFast, model: Qwen3ForCausalLM, metrics: Path
 ) -> float:
-    """Train in place on chains made on the fly, one JSON line to ``metrics`` about every ten seconds.
+    """Train in place on chains made on the fly; the mean loss of every ten steps is a JSON line in ``metrics``.
 
     Returns the seconds it took.
 
@@ -150,13 +151,15 @@ def train(
                     f"base: the loss is {losses[-1]} at step {step}. Lower base.matrix_learning_rate."
                 )
             now = time.monotonic()
-            if now - logged >= LOG_EVERY_S or step == base.steps:
-                logged, mean = now, sum(losses) / len(losses)
+            if step % METRICS_EVERY == 0 or step == base.steps:
+                mean = sum(losses) / len(losses)
                 losses = []
-                logger.info("base model: step %d of %d, loss %.3f", step, base.steps, mean)
-                line = {"step": step, "base/loss": mean, "base/seconds": now - started}
+                line = {"step": step, "base/loss": mean, "base/seconds": round(now - started, 1)}
                 file.write(json.dumps(line) + "\n")
-                file.flush()
+                if now - logged >= LOG_EVERY_S or step == base.steps:
+                    logged = now
+                    file.flush()
+                    logger.info("base model: step %d of %d, loss %.3f", step, base.steps, mean)
     return time.monotonic() - started
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import random
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def make(tmp_path: Path, *overrides: str) -> Path:
     run(
         resolve(
             compose(
-                "base", [f"run.outputs={tmp_path}", "base.steps=40", "base.evaluation_rows=6", *overrides]
+                "base", [f"run.outputs={tmp_path}", "base.steps=30", "base.evaluation_rows=6", *overrides]
             )
         )
     )
@@ -158,8 +157,9 @@ def test_stage_makes_a_folder_that_loads_and_then_leaves_it_alone(
     notes = json.loads((folder / "manifest.json").read_text())["notes"]
     assert notes["synthetic"] is True
     assert 0.0 <= notes["exact_match"] <= 1.0
-    loss = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["base/loss"]
-    assert loss < math.log(len(tokenizer)) - 1.5
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[-1]["base/loss"] < lines[0]["base/loss"] - 3.0
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with caplog.at_level(logging.INFO):
         make(tmp_path)
