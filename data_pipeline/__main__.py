@@ -216,7 +216,7 @@ def _token_counter(name: str) -> Callable[[str], int]:
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else Tokenizer.from_pretrained(name)
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
+    except Exception as error:  # that is what the tokenizers library raises
         raise ConfigError(
             f"chains.tokenizer={name}: cannot be read ({type(error).__name__}). "
             "Give a folder with tokenizer.json, a model on the hub, or null for no limit."

@@ -91,7 +91,7 @@ class ChainSettings(Settings):
 
 
 def read_settings(config: DictConfig) -> ChainSettings:
-    """Check ``config.chains``.
+    """Check ``config.chains``: keys, types, ranges, and what ``endpoint`` asks for.
 
     Raises:
         ConfigError: naming the key, its value and what it may be.
@@ -111,5 +111,10 @@ def read_settings(config: DictConfig) -> ChainSettings:
             raise ConfigError(
                 f"chains.{name}: chains.endpoint=openai needs base_url and key_variable (the name of the "
                 "environment variable that holds the key). Set both."
+            )
+        if settings.endpoint == "openai" and "simulated_faults" in settings.preferences.extra_request | model.request:
+            raise ConfigError(
+                "chains.preferences.extra_request.simulated_faults: only the simulated endpoint knows this. "
+                "Set chains.preferences.extra_request={} with chains.endpoint=openai."
             )
     return settings

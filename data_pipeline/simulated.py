@@ -29,7 +29,7 @@ from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import ChainSettings, PromptFiles, Settings, SimulatedFaults
 from tagpr.benchmarks.minilamp import reader
 from tagpr.errors import ConfigError, DataError, StageError
-from tagpr.tags import TAGS, THINK_CLOSE, split_response
+from tagpr.tags import THINK_CLOSE, split_response
 
 logger = logging.getLogger(__name__)
 

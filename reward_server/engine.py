@@ -108,7 +108,6 @@ class VllmEngine:
             max_num_batched_tokens=max(batch_tokens, max_tokens),
             enable_prefix_caching=True,
             enforce_eager=True,
-            skip_tokenizer_init=True,
             gpu_memory_utilization=gpu_memory_utilization,
         )
         # Logits, as the sigmoid is taken from them here (eq. 3).

@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
     "prepare_data": Stage("tagpr.benchmarks.prepare", "paths.examples", "manifest.json", ()),
     "base": Stage("tagpr.tiny_model.pretrain", "paths.base", "config.json", ("prepare_data",)),
     "build_chains": Stage("data_pipeline", "paths.chains", "manifest.json", ("prepare_data",)),
-    "sft": Stage("tagpr.sft.train", "paths.sft", "config.json", ("base", "build_chains")),
+    "sft": Stage("tagpr.sft", "paths.sft", "config.json", ("base", "build_chains")),
     "train_prmu": Stage("tagpr.prmu.train", "paths.prmu", "config.json", ("base", "build_chains")),
     "serve_prmu": Stage("reward_server", None, "", ("train_prmu",)),
     "guided_rl": Stage("tagpr.rl", "paths.guided", "config.json", ("prepare_data", "sft", "train_prmu"), takes_name=True),
@@ -167,7 +167,7 @@ def start(job: Job, say: Callable[[str], None]) -> tuple[subprocess.Popen, threa
 
 def stop(process: subprocess.Popen) -> None:
     """End a job and what it started: politely, then not."""
-    for sent in (signal.SIGINT, signal.SIGKILL):
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
         os.killpg(process.pid, sent)

@@ -353,7 +353,8 @@ def in_own_process(function: Callable[..., int], **arguments: Any) -> int:
     """
     from concurrent.futures.process import BrokenProcessPool
 
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), logging.basicConfig, ()) as pool:
+        pool.submit(logging.getLogger().setLevel, logging.getLogger().level)
         try:
             return pool.submit(function, **arguments).result()
         except BrokenProcessPool:

@@ -23,7 +23,7 @@ from tagpr import runs
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError
 from tagpr.prmu import model as prmu_model
-from tagpr.prmu.encoding import Encoder
+from tagpr.prmu.encoding import Encoder, UserRows
 from tagpr.prmu.model import Prmu, score_tokens
 from tagpr.prmu.pairs import Split, accuracy_by_group, pair_files, read_pairs, split_pairs
 from tagpr.schema import PreferencePair
@@ -148,7 +148,7 @@ def train(
                     f"train_prmu: loss or gradient is not finite at step {step + 1}. "
                     "Lower train_prmu.learning_rate."
                 )
-            optimizer.step()
+            _step(optimizer, model.get_input_embeddings().weight, prmu.encoder.users, settings)
             schedule.step()
             optimizer.zero_grad()
             step, seen = step + 1, seen + len(shown)
@@ -270,6 +270,20 @@ def _optimizer(model: PreTrainedModel, settings: DictConfig) -> torch.optim.Adam
         {"params": others, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
     ]
     return torch.optim.AdamW(groups, betas=tuple(settings.betas))
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, table: torch.Tensor, users: UserRows, settings: DictConfig
+) -> None:
+    """One update; user rows move by their own learning rate.
+
+    They are part of the embedding table, one tensor with one rate. AdamW's step is proportional to the rate, and the
+    table has no weight decay, so scaling what a step did to the rows is exactly a step with another rate.
+    """
+    rows = table.detach()[users.unknown_row : users.end]
+    before = rows.clone()
+    optimizer.step()
+    rows.copy_(before + (rows - before) * (settings.row_learning_rate / settings.embedding_learning_rate))
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:

@@ -64,14 +64,16 @@ class TagPRRewardManager(RewardManagerBase):
         length = int(item.batch["attention_mask"][-response_ids.shape[-1] :].sum())
         ids = response_ids[:length].tolist()
         finished = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        own = ids[:-1] if finished else ids
+        # Special tokens stay visible: a forged one in the middle of a response breaks its format.
+        text = self.tokenizer.decode(own, skip_special_tokens=False)
         about = item.non_tensor_batch["extra_info"]
         prmu = await self._prmu(about, item.non_tensor_batch["raw_prompt"], text)
         breakdown = score_response(
             task=about["task"],
             gold=item.non_tensor_batch["reward_model"]["ground_truth"],
             response_text=text,
-            token_ids=ids[:-1] if finished else ids,
+            token_ids=own,
             finished=finished,
             mode=self.mode,
             weights=self.weights,

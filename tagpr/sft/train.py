@@ -15,7 +15,6 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from tagpr.checkpoints import export_model
-from tagpr.configuration import main
 from tagpr.console import library_output_to
 from tagpr.errors import StageError
 from tagpr.runs import MetricsLog, check_model_folder, manifest, write_json_atomically, write_text_atomically
@@ -100,7 +99,7 @@ def train_with_torchrun(config: DictConfig, run_dir: Path) -> None:
     set_environment(config)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={config.trainer.n_gpus_per_node}", "-m", "tagpr.sft.train", "--worker", str(run_dir / "config.yaml"),
+        f"--nproc-per-node={config.trainer.n_gpus_per_node}", "-m", "tagpr.sft", "--worker", str(run_dir / "config.yaml"),
     ]  # fmt: skip
     done = subprocess.run(command, check=False)
     if done.returncode:
@@ -178,17 +177,3 @@ def _show_progress(path: Path, stop: threading.Event, every_s: float = 8.0) -> N
             shown = steps[-1]["step"]
             recent = [record["data"]["train/loss"] for record in steps[-20:]]
             logger.info("step %d  loss %.4f (mean of %d)", shown, sum(recent) / len(recent), len(recent))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        loaded = OmegaConf.load(sys.argv[2])
-        assert isinstance(loaded, DictConfig)
-        train_worker(loaded)
-    else:
-        import torch
-
-        asked = sys.argv[1:]
-        if torch.cuda.is_available() and not any(override.startswith("sft_hardware=") for override in asked):
-            asked = ["sft_hardware=gpu", *asked]
-        main("sft", run, asked)

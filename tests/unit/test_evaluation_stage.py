@@ -2,16 +2,18 @@
 
 import json
 import logging
+import os
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-import tagpr.evaluation.__main__ as stage
 from tagpr.benchmarks.examples import write_examples
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, StageError, TagPRError
-from tagpr.evaluation.generate import Completion, RenderedPrompt, Request
+from tagpr.evaluation import stage
+from tagpr.evaluation.generate import Completion, RenderedPrompt, Request, in_own_process
 from tagpr.schema import Example
 
 LABELS = ["base", "sft", "guided", "exploratory"]
@@ -199,3 +201,34 @@ def test_without_a_training_split_nobody_is_called_unseen(
 def test_every_setting_composes(setting: str) -> None:
     config = resolve(compose("evaluate", [f"setting={setting}"]))
     assert stage.EngineSettings(**config.evaluate.engine).max_num_seqs > 0
+
+
+def echo_pid(value: int) -> int:
+    logging.getLogger("tagpr").info("in a process of its own")
+    if value < 0:
+        os._exit(1)
+    if value == 0:
+        raise ConfigError("key: wrong. Mend it.")
+    return os.getpid()
+
+
+def test_a_model_in_a_process_of_its_own() -> None:
+    assert in_own_process(echo_pid, value=1) != os.getpid()
+    with pytest.raises(ConfigError, match="key: wrong. Mend it."):
+        in_own_process(echo_pid, value=0)
+    with pytest.raises(StageError, match="the process of a model died"):
+        in_own_process(echo_pid, value=-1)
+
+
+def test_what_a_process_of_its_own_gets_can_be_sent_there(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+
+    def send(function: object, **arguments: object) -> int:
+        sent.append(pickle.dumps((function, arguments)))
+        return stage.answer_with(**arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "in_own_process", send)
+    evaluate(outputs, "evaluate.only=[base,sft]", "evaluate.engine.process_per_model=true")
+    assert len(sent) == 2

@@ -1,4 +1,4 @@
-"""``python -m tagpr.evaluation``: answer, score, compare, and write it down."""
+"""Stage ``evaluate``: answer, score, compare, and write it down."""
 
 import json
 import logging
@@ -15,7 +15,6 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from tagpr.benchmarks.examples import QueryTooLongError, read_examples
-from tagpr.configuration import main
 from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.evaluation import report
@@ -41,7 +40,7 @@ from tagpr.runs import (
 )
 from tagpr.schema import Example
 
-logger = logging.getLogger("tagpr.evaluation")
+logger = logging.getLogger(__name__)
 
 # Which recipe leaves the folder that a label stands for; a label of the user's own comes from elsewhere.
 RECIPES = {
@@ -344,7 +343,3 @@ def _page(
         cases.append(report.Case(id_, prompt, {label: model[id_] for label, model in by_id.items()}))
     curves = {str(stage): Path(path) for stage, path in config.evaluate.report.curves.items()}
     return report.render(summary, cases, curves)
-
-
-if __name__ == "__main__":
-    main("evaluate", run)
