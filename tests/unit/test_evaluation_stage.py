@@ -214,7 +214,7 @@ def echo_pid(value: int) -> int:
 
 def test_a_model_in_a_process_of_its_own() -> None:
     assert in_own_process(echo_pid, value=1) != os.getpid()
-    with pytest.raises(ConfigError, match="key: wrong. Mend it."):
+    with pytest.raises(ConfigError, match="key: wrong"):
         in_own_process(echo_pid, value=0)
     with pytest.raises(StageError, match="the process of a model died"):
         in_own_process(echo_pid, value=-1)
