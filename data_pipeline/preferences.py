@@ -23,7 +23,7 @@ class Candidate:
     @property
     def id(self) -> str:
         """Kind and the two chains."""
-        return f"{self.kind}:{self.chosen.id}:{self.rejected.id}"
+        return f"{self.kind}/{self.chosen.id}/{self.rejected.id}"
 
     @property
     def margin(self) -> float:

@@ -112,9 +112,12 @@ def read_settings(config: DictConfig) -> ChainSettings:
                 f"chains.{name}: chains.endpoint=openai needs base_url and key_variable (the name of the "
                 "environment variable that holds the key). Set both."
             )
-        if settings.endpoint == "openai" and "simulated_faults" in settings.preferences.extra_request | model.request:
+        if (
+            settings.endpoint == "openai"
+            and "simulated_faults" in settings.preferences.extra_request | model.request
+        ):
             raise ConfigError(
                 "chains.preferences.extra_request.simulated_faults: only the simulated endpoint knows this. "
-                "Set chains.preferences.extra_request={} with chains.endpoint=openai."
+                "Remove it with ~chains.preferences.extra_request.simulated_faults."
             )
     return settings

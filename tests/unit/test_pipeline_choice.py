@@ -1,0 +1,153 @@
+"""Filters, selection and preference pairs: pure functions of chains."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.filters import check_thresholds, is_accurate
+from data_pipeline.preferences import choose_pairs, finish_pair, pqp_candidates, prp_candidates
+from data_pipeline.selection import interleave, select_chains
+from data_pipeline.settings import PreferenceSettings
+from tagpr.errors import ConfigError
+from tagpr.schema import Chain
+from tagpr.tags import split_response
+
+
+def chain(
+    name: str,
+    answer: str = "[1]",
+    verifiable: float = 1.0,
+    task: str = "lamp1",
+    example: str = "e",
+    user: str = "u",
+    gold: str = "[1]",
+    reasoning: str | None = None,
+) -> Chain:
+    return Chain(
+        id=name,
+        example_id=example,
+        task=task,
+        user_id=user,
+        prompt="with profile",
+        gold=gold,
+        rollout=0,
+        reasoning=reasoning or f"because {answer}.",
+        answer=answer,
+        verifiable=verifiable,
+    )
+
+
+SETTINGS = PreferenceSettings(
+    prp_pairs=100, prp_instances_per_task=1, prp_rollouts=1, prp_minimum_gain=None, pqp_pairs=100, pqp_margin=0.0,
+    pqp_last_word_share=None, extra_rollouts=0, extra_request={},
+)  # fmt: skip
+
+
+def test_accuracy_is_exact_or_rouge_l_above_the_threshold() -> None:
+    assert is_accurate(chain("a"), {})
+    assert not is_accurate(chain("a", verifiable=0.99), {})
+    title = chain("a", task="lamp4", gold="Why mayor opens now", answer="The mayor opens again")
+    assert is_accurate(title, {"lamp4": 0.49})
+    assert not is_accurate(title, {"lamp4": 0.5})
+
+
+def test_thresholds_must_name_the_generation_tasks() -> None:
+    check_thresholds({"lamp4": 0.1}, ["lamp1", "lamp4"])
+    with pytest.raises(ConfigError, match=r"^chains.rouge_l_above.lamp5: is missing"):
+        check_thresholds({"lamp4": 0.1}, ["lamp4", "lamp5"])
+    with pytest.raises(ConfigError, match=r"^chains.rouge_l_above.lamp1: this task"):
+        check_thresholds({"lamp1": 0.1}, ["lamp1"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3))))
+def test_interleave_keeps_all_and_balances_every_prefix(items: list[tuple[int, int]]) -> None:
+    order = interleave(items, lambda item: item[0], lambda item: item[1])
+    assert Counter(order) == Counter(items)
+    sizes = Counter(item[0] for item in items)
+    for length in range(len(order)):
+        taken = Counter(item[0] for item in order[:length])
+        open_groups = [group for group, size in sizes.items() if taken[group] < size]
+        assert all(max(taken.values(), default=0) - taken[group] <= 1 for group in open_groups)
+
+
+def test_selection_caps_instances_balances_tasks_and_ignores_arrival_order() -> None:
+    chains = [
+        chain(f"{task}-{example}-{number}", task=task, example=f"{task}-{example}")
+        for task, examples in (("lamp1", 10), ("lamp2", 3))
+        for example in range(examples)
+        for number in range(4)
+    ]
+    selected = select_chains(chains, size=14, per_instance=2, seed=0)
+    assert Counter(each.task for each in selected) == {"lamp1": 8, "lamp2": 6}
+    assert max(Counter(each.example_id for each in selected).values()) == 2
+    random.Random(1).shuffle(chains)
+    assert select_chains(chains, size=14, per_instance=2, seed=0) == selected
+
+
+def test_prp_prefers_with_profile_and_needs_different_texts() -> None:
+    kept = [chain("r0"), chain("r1", answer="[2]", verifiable=0.0)]
+    without = [chain("n0", answer="[2]", verifiable=0.0), chain("n1", example="other", answer="[2]")]
+    pairs = prp_candidates(kept, without, None)
+    assert [(pair.chosen.id, pair.rejected.id) for pair in pairs] == [("r0", "n0")]
+    better = prp_candidates(kept, [chain("n2", reasoning="luck.")], 0.0)
+    assert [pair.chosen.id for pair in better] == ["r0"]
+    assert len(prp_candidates(kept, [chain("n2", reasoning="luck.")], None)) == 2
+
+
+def test_pqp_is_ordered_by_r_v_and_ties_are_dropped() -> None:
+    chains = [
+        chain("a", "x", 0.5),
+        chain("b", "y", 1.0),
+        chain("c", "z", 0.5),
+        chain("d", "w", 0.9, example="other"),
+    ]
+    pairs = pqp_candidates(chains, 0.0)
+    assert {(pair.chosen.id, pair.rejected.id) for pair in pairs} == {("b", "a"), ("b", "c")}
+    assert all(pair.margin == 0.5 for pair in pairs)
+    assert pqp_candidates(chains, 0.5) == []
+
+
+def test_last_word_pairs_get_their_share_and_users_take_turns() -> None:
+    chains = []
+    for user in range(10):
+        for example in range(6):
+            words = [
+                ("Why opens now", 1.0),
+                ("Why opens again", 0.7),
+                ("The opens now", 0.6),
+                ("The shuts", 0.1),
+            ]
+            chains += [
+                chain(
+                    f"{user}-{example}-{words.index(word)}",
+                    *word,
+                    task="lamp4",
+                    example=f"{user}-{example}",
+                    user=str(user),
+                )
+                for word in words
+            ]
+    settings = SETTINGS.model_copy(update={"pqp_pairs": 100, "pqp_last_word_share": 0.4})
+    chosen = choose_pairs([], pqp_candidates(chains, 0.0), settings, seed=0)
+    last = [pair for pair in chosen if pair.last_word_only]
+    assert (len(chosen), len(last)) == (100, 40)
+    assert all(
+        pair.chosen.answer == "Why opens now" and pair.rejected.answer == "Why opens again" for pair in last
+    )
+    assert set(Counter(pair.chosen.user_id for pair in last).values()) == {4}
+    assert set(Counter(pair.chosen.user_id for pair in chosen).values()) == {10}
+
+
+def test_both_sides_of_a_pair_are_tagged_or_there_is_none() -> None:
+    candidate = pqp_candidates([chain("a", "x", 0.5), chain("b", "y", 1.0)], 0.0)[0]
+    text = "<analyze_input> because. </analyze_input>"
+    assert finish_pair(candidate, {"a": text}) is None
+    assert finish_pair(candidate, {"a": text, "b": ""}) is None
+    pair = finish_pair(candidate, {"a": text, "b": text})
+    assert pair is not None
+    assert (pair.kind, pair.prompt, pair.margin) == ("pqp", "with profile", 0.5)
+    assert split_response(pair.chosen).answer == "y"
+    assert split_response(pair.rejected).reasoning == text
