@@ -149,6 +149,7 @@ class VllmEngine:
 
     Raises:
         ConfigError: prompt and response together are longer than the model's positions.
+        StageError: vLLM cannot load the model.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class VllmEngine:
 
         on_gpu = torch.cuda.is_available()
         _prepare_environment(on_gpu, settings)
+        from safetensors import SafetensorError
         from transformers import AutoConfig
         from vllm import LLM
 
@@ -172,21 +174,27 @@ class VllmEngine:
         eager = settings.enforce_eager if settings.enforce_eager is not None else not on_gpu
         self._temperature = temperature
         self._max_tokens = prompts.max_response_tokens
-        self._llm: Any = LLM(
-            model=model,
-            dtype=dtype,
-            enforce_eager=eager,
-            max_model_len=length,
-            max_num_seqs=settings.max_num_seqs,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            enable_prefix_caching=True,
-            # A folder's generation_config.json would change top-p and top-k behind our back.
-            generation_config="vllm",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            seed=0,
-        )
+        try:
+            self._llm: Any = LLM(
+                model=model,
+                dtype=dtype,
+                enforce_eager=eager,
+                max_model_len=length,
+                max_num_seqs=settings.max_num_seqs,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                enable_prefix_caching=True,
+                # A folder's generation_config.json would change top-p and top-k behind our back.
+                generation_config="vllm",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                seed=0,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise StageError(
+                f"{model}: vLLM cannot load it ({reason}). See engine.log in run.dir; is the folder complete?"
+            ) from error
 
     def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """See :class:`Engine`. vLLM batches continuously: a slow row holds nobody up."""

@@ -175,7 +175,7 @@ def _loss_curves(metrics: Mapping[str, Path]) -> str:
     for number, stage in enumerate(("sft", "prmu"), start=2):
         curves, gap = _read(stage, metrics)
         gaps.append(gap)
-        shown = [name for name in curves if name.endswith("loss") or "accuracy" in name][:6]
+        shown = [name for name in curves if name.endswith("loss") or "accuracy" in name][:8]
         if curves and not shown:
             gaps.append(f"{stage}: its metrics name neither a loss nor an accuracy.")
         charts += [
