@@ -17,7 +17,7 @@ from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
-from tagpr.prmu.model import checkpoint_version
+from tagpr.prmu.model import content_version
 from tagpr.prmu.wire import read_token
 from tagpr.rl.checks import check
 from tagpr.rl.data import draw, examples_of, write_rows
@@ -54,12 +54,7 @@ def run(config: DictConfig) -> None:
 
     # 1. What is asked, as verl reads it
     prompts = prepare_rows(config)
-    steps_per_epoch = prompts // config.data.train_batch_size
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
-        )
-    steps = config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs
+    steps_per_epoch, steps = schedule(config, prompts)
     resumed = resume_from_complete_checkpoint(config)
     logger.info(
         "%s RL: %s, %d prompts, %d steps (%d an epoch) of %d x %d responses, lr %g, clip %g/%g, on %s",
@@ -98,6 +93,20 @@ def run(config: DictConfig) -> None:
         export_model(last[1] / "actor", model)
     write_json_atomically(steps_file, {"step": last[0]})
     logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
+
+
+def schedule(config: DictConfig, prompts: int) -> tuple[int, int]:
+    """Steps per epoch and in all; the last, incomplete batch of an epoch is left out, as verl does (S30, S31).
+
+    Raises:
+        ConfigError: there are fewer prompts than one batch takes.
+    """
+    per_epoch = prompts // config.data.train_batch_size
+    if per_epoch == 0:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
+        )
+    return per_epoch, config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs
 
 
 def make_paths_absolute(config: DictConfig) -> None:
@@ -174,7 +183,7 @@ def reward_server(config: DictConfig) -> Iterator[None]:
         return
     client = config.prmu_client
     check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
-    version = checkpoint_version(Path(config.paths.prmu))
+    version = content_version(Path(config.paths.prmu))
     with open_dict(client):
         client.version = version
     if client.url is not None:
