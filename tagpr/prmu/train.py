@@ -28,7 +28,7 @@ from tagpr.prmu.model import Prmu, score_tokens
 from tagpr.prmu.pairs import Split, accuracy_by_group, pair_files, read_pairs, split_pairs
 from tagpr.schema import PreferencePair
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("tagpr.prmu.train")
 
 LINE_EVERY_S = 10.0
 # Batches are cut from this many batches' worth of shuffled pairs sorted by length.

@@ -1,0 +1,248 @@
+"""PRMU's training: what is held out, what a step does, and that user rows learn what only the user decides."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prmu_tiny import make_base
+
+from tagpr.configuration import compose, resolve
+from tagpr.errors import ConfigError, DataError, StageError
+from tagpr.prmu import train as stage
+from tagpr.prmu.model import load
+from tagpr.prmu.pairs import accuracy_by_group, pair_files, read_pairs, split_pairs
+from tagpr.prmu.train import EncodedPair, bucketed_batches, encode_pairs, pair_margins
+from tagpr.schema import PreferencePair
+
+
+def pair(number: int, user: str, **change: Any) -> PreferencePair:
+    fields: dict[str, Any] = {
+        "id": f"pair{number}", "kind": "pqp", "task": "lamp4", "user_id": user, "prompt": f"prompt {number // 2}",
+        "chosen": "boats", "rejected": "rain",
+    }  # fmt: skip
+    return PreferencePair(**{**fields, **change})
+
+
+def habit_pairs(users: int, each: int) -> list[PreferencePair]:
+    """Pairs that only the user decides: half the users like boats, the others rain, whatever the prompt says."""
+    pairs = []
+    for user in range(users):
+        for number in range(each):
+            liked, other = ("boats", "rain") if user % 2 else ("rain", "boats")
+            pairs.append(
+                pair(user * each + number, f"u{user}", prompt=f"movie {number}", chosen=liked, rejected=other)
+            )
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("train") / "base")
+
+
+def write(folder: Path, pairs: list[PreferencePair]) -> None:
+    folder.mkdir(exist_ok=True)
+    for kind in ("prp", "pqp"):
+        lines = [one.model_dump_json() + "\n" for one in pairs if one.kind == kind]
+        (folder / f"{kind}.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def configure(tmp_path: Path, base: Path) -> Callable[..., Any]:
+    def go(*overrides: str) -> Any:
+        places = [f"run.outputs={tmp_path}", f"paths.base={base}"]
+        return resolve(compose("train_prmu", [*places, *overrides]))
+
+    return go
+
+
+def test_splits_hold_out_whole_users_and_whole_prompts() -> None:
+    rng = random.Random(0)
+    pairs = [
+        pair(i, f"u{rng.randrange(20)}", prompt=f"p{rng.randrange(40)}", kind=rng.choice(["prp", "pqp"]))
+        for i in range(600)
+    ]
+    split = split_pairs(pairs, unseen_users=0.2, heldout_prompts=0.1, seed=3)
+    groups = [split.train, split.seen_users, split.unseen_users]
+    assert sorted(one.id for group in groups for one in group) == sorted(one.id for one in pairs)
+    trained, seen, unseen = ({one.user_id for one in group} for group in groups)
+    assert len(unseen) == 4
+    assert not unseen & (trained | seen)
+    assert seen <= trained
+    prompts = [{(one.user_id, one.prompt) for one in group} for group in groups]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[1]) == round(0.1 * (len(prompts[0]) + len(prompts[1])))
+    assert split == split_pairs(pairs, unseen_users=0.2, heldout_prompts=0.1, seed=3)
+    assert split != split_pairs(pairs, unseen_users=0.2, heldout_prompts=0.1, seed=4)
+
+
+def test_a_users_last_prompt_is_never_held_out() -> None:
+    pairs = [pair(i, f"u{i}") for i in range(10)]
+    split = split_pairs(pairs, unseen_users=0.0, heldout_prompts=0.5, seed=0)
+    assert (len(split.train), split.seen_users, split.unseen_users) == (10, [], [])
+
+
+def test_accuracy_by_kind_and_task() -> None:
+    pairs = [pair(0, "a"), pair(1, "a", kind="prp"), pair(2, "a", task="lamp1"), pair(3, "a", task="other")]
+    found = accuracy_by_group(pairs, [1.0, -1.0, 0.5, 0.0])
+    assert found["all"] == (0.5, 4)
+    assert found["pqp"] == (2 / 3, 3)
+    assert found["generation"] == (0.5, 2)
+    assert found["pqp/classification"] == (1.0, 1)
+    assert found["other"] == (0.0, 1), "a tie is no success"
+
+
+def test_batches_contain_every_pair_once_and_similar_lengths() -> None:
+    rng = random.Random(0)
+    pairs = [EncodedPair([1] * rng.randint(5, 200), [i]) for i in range(333)]
+    batches = list(bucketed_batches(pairs, 16, random.Random(1)))
+    assert sorted(one.rejected[0] for batch in batches for one in batch) == list(range(333))
+    padded = sum(len(batch) * max(one.length for one in batch) for batch in batches)
+    assert padded < 1.15 * sum(one.length for one in pairs)
+
+
+def test_bad_pair_files_name_file_line_and_pair(tmp_path: Path) -> None:
+    with pytest.raises(
+        StageError, match=r"prp\.jsonl: no preference pairs there\. Run `bash recipes/build_chains"
+    ):
+        pair_files(tmp_path)
+    write(tmp_path, [])
+    files = pair_files(tmp_path)
+    with pytest.raises(DataError, match="hold no pair"):
+        read_pairs(files)
+    good = pair(0, "a").model_dump_json()
+    for line, says in (
+        ("<html>", r"pqp\.jsonl:2: line: Invalid JSON"),
+        (good, "pair pair0 is there twice"),
+        (pair(1, "a", rejected="boats").model_dump_json(), "pair pair1 prefers a response to itself"),
+        (good.replace('"pqp"', '"other"').replace("pair0", "pair2"), r"pqp\.jsonl:2: kind"),
+    ):
+        files[1].write_text(good + "\n" + line + "\n")
+        with pytest.raises(DataError, match=says):
+            read_pairs(files)
+
+
+def test_user_rows_learn_what_only_the_user_decides(
+    tmp_path: Path, configure: Callable[..., Any], base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = habit_pairs(users=12, each=16)
+    write(tmp_path / "chains", pairs)
+    config = configure(
+        "train_prmu.epochs=8", "train_prmu.learning_rate=5e-3", "train_prmu.unseen_users=0.17",
+        "train_prmu.embedding_learning_rate=5e-3", "train_prmu.row_learning_rate=5e-3",
+        "train_prmu.batch_size=16", "train_prmu.micro_batch_size=16",
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        stage.run(config)
+    folder = tmp_path / "prmu" / "model"
+    lines = [json.loads(line) for line in (tmp_path / "prmu" / "metrics.jsonl").read_text().splitlines()]
+    numbers = lines[-1]["data"]
+    assert numbers["prmu/accuracy"] >= 0.95
+    assert numbers["prmu/accuracy/unknown_row/all"] == pytest.approx(0.5, abs=0.25)
+    assert numbers["prmu/accuracy/unseen_users/all"] == pytest.approx(0.5, abs=0.25)
+    assert all(math.isfinite(value) for line in lines for value in line["data"].values())
+    assert "seen_users     unknown_row    unseen_users" in caplog.text
+
+    prmu = load(folder)
+    assert len(prmu.encoder.users.rows) == 10
+    with_rows = encode_pairs(prmu.encoder, split_pairs(pairs, 0.17, 0.1, 0).seen_users)
+    others = {prmu.encoder.users.rows["u0"]: "rain", prmu.encoder.users.rows["u1"]: "boats"}
+    one = with_rows[0]
+    first, second = (pair_margins(prmu, [one.with_row(row)], 4)[0] for row in others)
+    assert first * second < 0, "the same pair, another user's id: the other response is preferred"
+
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    stage.run(config)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before, "the same again is not done again"
+    config.train_prmu.epochs = 1
+    stage.run(config)
+    assert (folder / "model.safetensors").stat().st_mtime_ns != before
+    assert prmu.version != load(folder).version
+
+
+def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
+    tmp_path: Path, configure: Callable[..., Any], base: Path
+) -> None:
+    settings = configure(
+        "train_prmu.epochs=1", "train_prmu.id_dropout=0.0", "train_prmu.weight_decay=0.5",
+        "train_prmu.row_learning_rate=4e-3", "train_prmu.warmup=0.0",
+    ).train_prmu  # fmt: skip
+    model, tokenizer, users = stage.prmu_model.build(
+        str(base), ["ann", "bob"], row_std=0.3, max_tokens=64, seed=0
+    )
+    prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
+    table = model.get_input_embeddings().weight
+    before = table.detach().clone()
+    norm_before = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().norm()
+    with (tmp_path / "metrics").open("w") as metrics:
+        assert stage.train(prmu, [pair(i, "ann") for i in range(8)], settings, 0, metrics) == 1
+    moved = (table.detach() - before).abs()
+    rows = users.rows
+    assert moved[rows["bob"]].max() == 0
+    assert moved[users.unknown_row].max() == 0
+    # AdamW's first step moves every coordinate by its rate: 4e-3 in the row, 2e-3 in the words beside it.
+    assert moved[rows["ann"]].median() == pytest.approx(4e-3, rel=0.05)
+    word = tokenizer.encode("boats", add_special_tokens=False)[0]
+    assert moved[word].median() == pytest.approx(2e-3, rel=0.05)
+    untouched = tokenizer.encode("Z", add_special_tokens=False)[0]
+    assert moved[untouched].max() == 0
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").norm() != norm_before
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
+    configure: Callable[..., Any], base: Path
+) -> None:
+    def first_step(micro: int) -> torch.Tensor:
+        settings = configure("train_prmu.epochs=1", f"train_prmu.micro_batch_size={micro}").train_prmu
+        model, tokenizer, users = stage.prmu_model.build(
+            str(base), ["ann"], row_std=0.3, max_tokens=64, seed=0
+        )
+        prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
+        pairs = [pair(i, "ann", prompt="rain " * i) for i in range(10)]
+        norms: list[float] = []
+
+        class Sink:
+            def write(self, line: str) -> None:
+                norms.append(json.loads(line)["data"]["prmu/gradient_norm"])
+
+        stage.train(prmu, pairs, settings, 0, Sink())  # type: ignore[arg-type]
+        return torch.tensor(norms)
+
+    assert torch.allclose(first_step(32), first_step(3), rtol=1e-4)
+
+
+def test_eq_2_on_known_margins() -> None:
+    """-log sigmoid(margin), averaged: 0 margin gives ln 2."""
+    margins = torch.tensor([0.0, 2.0, -2.0])
+    expected = (math.log(2) + math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 3
+    assert -stage.logsigmoid(margins).mean().item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "says"),
+    [
+        (["train_prmu.id_dropout=1.5"], ConfigError, r"train_prmu\.id_dropout=1\.5"),
+        (["train_prmu.batch_size=0"], ConfigError, r"train_prmu\.batch_size=0"),
+        (["train_prmu.dtype=float16"], ConfigError, r"train_prmu\.dtype=float16"),
+        (["paths.base=nowhere"], StageError, r"train_prmu\.init=nowhere: no such folder"),
+        (["train_prmu.max_tokens=8"], DataError, r"item pair\d+: \d+ tokens, more than the limit of 8"),
+        (["train_prmu.learning_rate=1e30"], StageError, "not finite at step"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_no_model(
+    tmp_path: Path, configure: Callable[..., Any], overrides: list[str], error: type, says: str
+) -> None:
+    write(tmp_path / "chains", habit_pairs(4, 8))
+    with pytest.raises(error, match=says):
+        stage.run(configure(*overrides))
+    assert not (tmp_path / "prmu" / "model").exists()
+
+
+def test_missing_pairs_name_the_recipe(tmp_path: Path, configure: Callable[..., Any]) -> None:
+    with pytest.raises(StageError, match=r"build_chains\.sh"):
+        stage.run(configure())
