@@ -145,7 +145,8 @@ def test_both_sides_of_a_pair_are_tagged_or_there_is_none() -> None:
     candidate = pqp_candidates([chain("a", "x", 0.5), chain("b", "y", 1.0)], 0.0)[0]
     text = "<analyze_input> because. </analyze_input>"
     assert finish_pair(candidate, {"a": text}) is None
-    assert finish_pair(candidate, {"a": text, "b": ""}) is None
+    assert finish_pair(candidate, {"b": text}) is None
+    assert finish_pair(candidate, {"b": text, "a": ""}) is None
     pair = finish_pair(candidate, {"a": text, "b": text})
     assert pair is not None
     assert (pair.kind, pair.prompt, pair.margin) == ("pqp", "with profile", 0.5)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -215,3 +216,5 @@ def test_rows_are_durable_after_commit_and_totals_add_up(tmp_path: Path) -> None
         assert ledger.get("k") == REPLY
         assert ledger.totals() == {"judge": {"replies": 1, "prompt_tokens": 1, "completion_tokens": 2}}
     assert (tmp_path / "l.sqlite").stat().st_mode & 0o077 == 0
+    with sqlite3.connect(tmp_path / "l.sqlite") as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)

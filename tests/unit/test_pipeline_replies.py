@@ -62,9 +62,10 @@ def test_missing_repeated_and_foreign_dimensions_are_malformed() -> None:
     twice = report([5, 5, 5, 5], names=(*DIMENSIONS[:3], DIMENSIONS[0]))
     foreign = report([5, 5, 5, 5], names=(*DIMENSIONS[:3], "Style"))
     extra = report([5, 5, 5, 5, 5], names=(*DIMENSIONS, "Style"))
-    assert [parse_verdict(json.dumps(value)).problem for value in (three, twice, foreign, extra)] == [
+    again = report([1, 5, 5, 5, 5], names=(DIMENSIONS[0], *DIMENSIONS))
+    assert [parse_verdict(json.dumps(value)).problem for value in (three, twice, foreign, extra, again)] == [
         "wrong_dimensions"
-    ] * 4
+    ] * 5
 
 
 def test_text_around_the_object_is_malformed() -> None:
