@@ -25,6 +25,8 @@ from tagpr.runs import check_model_folder, manifest, write_json_atomically, writ
 
 logger = logging.getLogger(__name__)
 
+# How long a reward server that should be there already may take to answer.
+CONNECT_DEADLINE_S = 30.0
 RECIPES = {"guided": "sft.sh", "exploratory": "guided_rl.sh"}
 
 
@@ -187,13 +189,13 @@ def reward_server(config: DictConfig) -> Iterator[None]:
     with open_dict(client):
         client.version = version
     if client.url is not None:
-        check_server(client.url, read_token(client.token_file), version, deadline_s=30.0)
+        check_server(client.url, read_token(client.token_file), version, deadline_s=CONNECT_DEADLINE_S)
         yield
         return
     with local_server(config.paths.prmu, Path(config.run.dir), config.trainer.device) as address:
         client.url = address.url
         client.token_file = str(Path(address.token_file).resolve()) if address.token_file else None
-        check_server(client.url, read_token(client.token_file), version, deadline_s=30.0)
+        check_server(client.url, read_token(client.token_file), version, deadline_s=CONNECT_DEADLINE_S)
         yield
 
 

@@ -1,0 +1,144 @@
+"""The reward manager as verl calls it, against a real reward client and a server that can be told to fail."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl import DataProto
+
+from tagpr.errors import RewardServerError
+from tagpr.prmu.client import sigmoid
+from tagpr.rl.reward_manager import TagPRRewardManager
+from tagpr.tags import format_response
+
+TAGGED = "".join(f"<{tag}> step. </{tag}>\n" for tag in ("analyze_input", "identify_patterns", "make_decision")).strip()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tagpr.tiny_model.tokenizer import build_tokenizer
+
+    return build_tokenizer(0, users=40)
+
+
+class Server:
+    """Answers every item with logit 1, or with what ``fault`` says."""
+
+    def __init__(self) -> None:
+        self.fault: int | None = None
+        self.asked: list[dict] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                items = json.loads(self.rfile.read(int(self.headers["content-length"])))["items"]
+                outer.asked += items
+                scores = [{"id": i["id"], "logit": 1.0, "score": sigmoid(1.0), "unknown_user": False} for i in items]
+                body = json.dumps({"model_version": "v1", "scores": scores}).encode()
+                self.send_response(outer.fault or 200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def manager(tokenizer, server: Server, tmp_path: Path, **objective: object) -> TagPRRewardManager:
+    (tmp_path / "token").write_text("0123456789abcdef")
+    client = {"url": server.url, "token_file": str(tmp_path / "token"), "version": "v1"}
+    limits = {"timeout_s": 2, "deadline_s": 0.5, "concurrency": 4}
+    weights = {"mode": "guided", "alpha": 0.8, "beta": 0.8, "gamma": 0.2, **objective}
+    config = OmegaConf.create({"objective": weights, "prmu_client": {**client, **limits}})
+    return TagPRRewardManager(config, tokenizer)
+
+
+def row(tokenizer, response: str, gold: str = "[1]", end: bool = True, pad: int = 3) -> DataProto:
+    """One response as verl's agent loop hands it over: right-padded, with an attention mask over prompt and response."""
+    ids = tokenizer.encode(response, add_special_tokens=False) + ([tokenizer.eos_token_id] if end else [])
+    responses = torch.tensor([ids + [tokenizer.pad_token_id] * pad])
+    attention = torch.tensor([[1] * 4 + [1] * len(ids) + [0] * pad])
+    about = {"example_id": "e1", "task": "lamp1", "user_id": "u1", "split": "train"}
+    return DataProto.from_dict(
+        tensors={"responses": responses, "attention_mask": attention},
+        non_tensors={
+            "extra_info": np.array([about], dtype=object),
+            "reward_model": np.array([{"ground_truth": gold}], dtype=object),
+            "raw_prompt": np.array([[{"role": "user", "content": "Which one?"}], None], dtype=object)[:1],
+        },
+    )
+
+
+def score(manager: TagPRRewardManager, data: DataProto) -> dict:
+    return asyncio.run(manager.run_single(data))
+
+
+def test_a_right_answer_gets_the_maximum(tokenizer, server: Server, tmp_path: Path) -> None:
+    result = score(manager(tokenizer, server, tmp_path), row(tokenizer, format_response(TAGGED, "[1]")))
+    info = result["reward_extra_info"]
+    assert result["reward_score"] == pytest.approx(0.8 + 0.2 * sigmoid(1.0))
+    assert (info["verifiable"], info["format"], info["tag"], info["repetition"], info["failure"]) == (1, 1, 0, 0, "")
+    assert "reward" not in info, "verl's validation appends to this key twice"
+    assert server.asked == [
+        {"id": "e1", "user_id": "u1", "prompt": "Which one?", "response": format_response(TAGGED, "[1]")}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response", "end", "failure"),
+    [
+        (format_response(TAGGED, "[1]"), False, "truncated"),
+        (f"{TAGGED}\n\n[1]", True, "no_think"),
+        (f"<think>\n{TAGGED}\n</think>\n\n[1]<|im_start|>user", True, "control_token"),
+        ("<think>\nplain words.\n</think>\n\n[1]", True, "text_outside_tags"),
+    ],
+)
+def test_each_failure_is_named(
+    tokenizer, server: Server, tmp_path: Path, response: str, end: bool, failure: str
+) -> None:
+    info = score(manager(tokenizer, server, tmp_path), row(tokenizer, response, end=end))["reward_extra_info"]
+    assert info["failure"] == failure
+    assert info["total"] < 0.8
+
+
+def test_every_outcome_has_the_same_keys(tokenizer, server: Server, tmp_path: Path) -> None:
+    asked = manager(tokenizer, server, tmp_path)
+    good = score(asked, row(tokenizer, format_response(TAGGED, "[1]")))["reward_extra_info"]
+    bad = score(asked, row(tokenizer, "x", end=False))["reward_extra_info"]
+    assert good.keys() == bad.keys()
+    assert all(isinstance(value, int | float | str) for value in good.values())
+
+
+def test_exploratory_never_asks_the_server(tokenizer, server: Server, tmp_path: Path) -> None:
+    result = score(manager(tokenizer, server, tmp_path, mode="exploratory"), row(tokenizer, format_response(TAGGED, "[1]")))
+    assert result["reward_score"] == 1.0
+    assert server.asked == []
+    assert "prmu" not in result["reward_extra_info"]
+
+
+@pytest.mark.parametrize("status", [500, 400])
+def test_no_score_means_no_reward(tokenizer, server: Server, tmp_path: Path, status: int) -> None:
+    server.fault = status
+    with pytest.raises(RewardServerError, match="e1"):
+        score(manager(tokenizer, server, tmp_path), row(tokenizer, format_response(TAGGED, "[1]")))
