@@ -88,7 +88,7 @@ def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | No
     for ours in ("tagpr", "data_pipeline", "reward_server"):
         # Explicitly: verl sets the root logger's level when it is imported.
         logging.getLogger(ours).setLevel(logging.INFO)
-    for chatty in ("httpx", "httpcore", "openai", "urllib3"):
+    for chatty in ("httpx", "httpx2", "httpcore", "openai", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         only_print = "--cfg" in arguments

@@ -137,7 +137,9 @@ def execute(jobs: dict[Job, tuple[Job, ...]]) -> None:
                 del running[job]
                 took[job] = time.monotonic() - started
                 if process.returncode:
-                    raise StageError(f"{job.stage}: failed (status {process.returncode}), see above. The same command goes on.")
+                    raise StageError(
+                        f"{job.stage}: failed (status {process.returncode}), see above. The same command goes on."
+                    )
     finally:
         for process, pump, _ in running.values():
             stop(process)

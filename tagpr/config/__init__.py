@@ -1,0 +1,1 @@
+"""Every default of every stage, as Hydra YAML."""

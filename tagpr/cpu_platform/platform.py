@@ -74,7 +74,7 @@ class PlatformCPU(PlatformBase):
         """Choose the CPU where torch sees no GPU."""
         return not torch.cuda.is_available()
 
-    def current_device(self) -> torch.device:  # type: ignore[override]
+    def current_device(self) -> torch.device:
         """verl passes this on to ``Tensor.to``, where an index would mean a CUDA device."""
         return torch.device("cpu")
 

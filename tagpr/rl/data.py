@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagpr.benchmarks.examples import build_prompt, read_examples
+from tagpr.benchmarks.examples import QueryTooLongError, build_prompt, read_examples
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Example
 
@@ -68,7 +68,7 @@ def write_rows(
                 max_tokens=max_prompt_tokens,
                 seed=seed,
             )
-        except DataError as error:
+        except QueryTooLongError as error:
             logger.debug("left out: %s", error)
             dropped += 1
             continue

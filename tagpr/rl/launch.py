@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -223,8 +224,7 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
             )
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    arguments = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
-    assert isinstance(arguments, dict)
+    arguments: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     asked = arguments.pop("runtime_env", None) or {}
     runtime_env = {**get_ppo_ray_runtime_env(config), **asked}
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment, **asked.get("env_vars", {})}

@@ -13,7 +13,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from tagpr.errors import ConfigError
 from tagpr.prmu.client import RewardClient
 from tagpr.prmu.wire import ScoreItem, read_token
-from tagpr.rewards.composite import RewardWeights, score_response
+from tagpr.rewards.composite import Mode, RewardWeights, score_response
 from tagpr.schema import PrmuScore
 
 # Components of one reward, as they appear in training metrics (reward/<component>/mean) and in the rollout dumps.
@@ -26,7 +26,7 @@ class TagPRRewardManager(RewardManagerBase):
     def __init__(self, config: DictConfig, tokenizer: Any, compute_score: Any = None, **_: Any) -> None:
         super().__init__(config, tokenizer, compute_score)
         objective = config.objective
-        self.mode: str = objective.mode
+        self.mode: Mode = objective.mode
         self.weights = RewardWeights(alpha=objective.alpha, beta=objective.beta, gamma=objective.gamma)
         self.client: RewardClient | None = None
         if self.needs_prmu(config):

@@ -17,6 +17,7 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from tagpr.checkpoints import mark_complete
+from tagpr.errors import ConfigError
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.runs import MetricsLog, write_text_atomically
 
@@ -141,9 +142,18 @@ def _short(metric: str) -> str:
 
 
 def train(config: DictConfig) -> None:
-    """Run verl's trainer in this process, with Ray already up; returns when the last step is done."""
+    """Run verl's trainer in this process, with Ray already up; returns when the last step is done.
+
+    Raises:
+        ConfigError: verl's own validation refuses the configuration.
+    """
+    from verl.utils.config import validate_config
     from verl.utils.logging_utils import configure_verl_logging
 
+    try:
+        validate_config(config, use_reference_policy=False, use_critic=False)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"verl refuses this configuration: {error}") from error
     configure_verl_logging()
     config.transfer_queue.enable = True
     tq.init(config.transfer_queue)

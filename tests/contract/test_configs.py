@@ -52,7 +52,7 @@ def test_no_configuration_file_is_left_out() -> None:
         for entry in OmegaConf.load(FOLDER / f"{stage}.yaml").defaults:
             if isinstance(entry, str) and entry != "_self_":
                 used.add(FOLDER / f"{entry}.yaml")
-    assert {path for path in FOLDER.rglob("*.yaml")} - used == set()
+    assert set(FOLDER.rglob("*.yaml")) - used == set()
 
 
 @pytest.mark.parametrize("stage", RL_STAGES)

@@ -8,12 +8,16 @@ import sys
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the CPU platform stands aside")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU: the CPU platform stands aside"
+)
 
 
 def run_python(code: str) -> str:
     """Run code in a process of its own, since verl resolves its platform once per process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -48,7 +52,9 @@ def test_every_abstract_method_is_there() -> None:
 def test_still_needed_duplicate_backends() -> None:
     from verl.utils import distributed
 
-    assert 'f"cpu:gloo,{get_device_name()}' in inspect.getsource(distributed), "verl no longer names gloo twice"
+    assert 'f"cpu:gloo,{get_device_name()}' in inspect.getsource(distributed), (
+        "verl no longer names gloo twice"
+    )
     code = (
         "import torch.distributed as dist\n"
         "try:\n    dist.init_process_group('cpu:gloo,cpu:gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
@@ -60,7 +66,9 @@ def test_still_needed_duplicate_backends() -> None:
 def test_still_needed_distribution_name() -> None:
     from verl.third_party import vllm as verl_vllm
 
-    assert 'package_name = "vllm"' in inspect.getsource(verl_vllm), "verl no longer asks for the distribution 'vllm'"
+    assert 'package_name = "vllm"' in inspect.getsource(verl_vllm), (
+        "verl no longer asks for the distribution 'vllm'"
+    )
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.distribution("vllm")
 

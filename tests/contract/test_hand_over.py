@@ -70,7 +70,9 @@ def test_a_hub_name_is_no_folder_of_ours(tmp_path: Path) -> None:
 
 
 def example(task: str, number: int) -> Example:
-    return Example(id=f"{task}-{number}", task=task, split="train", user_id="u", query="q", profile=(), gold="g")
+    return Example(
+        id=f"{task}-{number}", task=task, split="train", user_id="u", query="q", profile=(), gold="g"
+    )
 
 
 def test_drawing_rows_is_seeded_and_exact() -> None:

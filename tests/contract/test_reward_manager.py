@@ -18,7 +18,9 @@ from tagpr.prmu.client import sigmoid
 from tagpr.rl.reward_manager import TagPRRewardManager
 from tagpr.tags import format_response
 
-TAGGED = "".join(f"<{tag}> step. </{tag}>\n" for tag in ("analyze_input", "identify_patterns", "make_decision")).strip()
+TAGGED = "".join(
+    f"<{tag}> step. </{tag}>\n" for tag in ("analyze_input", "identify_patterns", "make_decision")
+).strip()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ class Server:
             def do_POST(self) -> None:
                 items = json.loads(self.rfile.read(int(self.headers["content-length"])))["items"]
                 outer.asked += items
-                scores = [{"id": i["id"], "logit": 1.0, "score": sigmoid(1.0), "unknown_user": False} for i in items]
+                scores = [
+                    {"id": i["id"], "logit": 1.0, "score": sigmoid(1.0), "unknown_user": False} for i in items
+                ]
                 body = json.dumps({"model_version": "v1", "scores": scores}).encode()
                 self.send_response(outer.fault or 200)
                 self.send_header("content-length", str(len(body)))
@@ -98,7 +102,13 @@ def test_a_right_answer_gets_the_maximum(tokenizer, server: Server, tmp_path: Pa
     result = score(manager(tokenizer, server, tmp_path), row(tokenizer, format_response(TAGGED, "[1]")))
     info = result["reward_extra_info"]
     assert result["reward_score"] == pytest.approx(0.8 + 0.2 * sigmoid(1.0))
-    assert (info["verifiable"], info["format"], info["tag"], info["repetition"], info["failure"]) == (1, 1, 0, 0, "")
+    assert (info["verifiable"], info["format"], info["tag"], info["repetition"], info["failure"]) == (
+        1,
+        1,
+        0,
+        0,
+        "",
+    )
     assert "reward" not in info, "verl's validation appends to this key twice"
     assert server.asked == [
         {"id": "e1", "user_id": "u1", "prompt": "Which one?", "response": format_response(TAGGED, "[1]")}
@@ -131,7 +141,10 @@ def test_every_outcome_has_the_same_keys(tokenizer, server: Server, tmp_path: Pa
 
 
 def test_exploratory_never_asks_the_server(tokenizer, server: Server, tmp_path: Path) -> None:
-    result = score(manager(tokenizer, server, tmp_path, mode="exploratory"), row(tokenizer, format_response(TAGGED, "[1]")))
+    result = score(
+        manager(tokenizer, server, tmp_path, mode="exploratory"),
+        row(tokenizer, format_response(TAGGED, "[1]")),
+    )
     assert result["reward_score"] == 1.0
     assert server.asked == []
     assert "prmu" not in result["reward_extra_info"]

@@ -19,7 +19,10 @@ def parameters(function) -> list[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["on_init_end", "on_validate_begin", "on_train_begin", "_validate", "_compute_metrics", "_log_rollout_data", "_save_checkpoint"],
+    [
+        "on_init_end", "on_validate_begin", "on_train_begin",
+        "_validate", "_compute_metrics", "_log_rollout_data", "_save_checkpoint",
+    ],
 )  # fmt: skip
 def test_trainer_overrides_match(name: str) -> None:
     assert parameters(getattr(TagPRTrainer, name)) == parameters(getattr(PPOTrainerSync, name))
@@ -36,7 +39,9 @@ def test_agent_loop_manager_takes_what_we_pass() -> None:
 
 
 def test_trap_file_logger_truncates() -> None:
-    assert '"wb"' in inspect.getsource(tracking.FileLogger), "verl's file logger appends now: use it instead of MetricsLog"
+    assert '"wb"' in inspect.getsource(tracking.FileLogger), (
+        "verl's file logger appends now: use it instead of MetricsLog"
+    )
 
 
 def test_trap_failed_groups_are_padded() -> None:

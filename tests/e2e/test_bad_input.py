@@ -16,7 +16,14 @@ from tagpr.rl import launch
 from tagpr.sft import train as sft
 
 TASK = "benchmark.tasks=[lamp3]"
-QUESTIONS = [{"id": "1", "input": "review: fine", "profile": [{"id": "2", "text": "good", "score": "4"}], "user_id": "u"}]
+QUESTIONS = [
+    {
+        "id": "1",
+        "input": "review: fine",
+        "profile": [{"id": "2", "text": "good", "score": "4"}],
+        "user_id": "u",
+    }
+]
 GOLDS = {"task": "LaMP_3", "golds": [{"id": "1", "output": "4"}]}
 
 Refused = Callable[..., str]
@@ -78,7 +85,9 @@ def test_question_without_gold(refused: Refused, lamp3: Path) -> None:
 
 
 def test_unknown_task(refused: Refused, lamp3: Path) -> None:
-    line = refused("prepare_data", prepare.run, "benchmark=lamp", f"benchmark.dir={lamp3}", "benchmark.tasks=[lamp6]")
+    line = refused(
+        "prepare_data", prepare.run, "benchmark=lamp", f"benchmark.dir={lamp3}", "benchmark.tasks=[lamp6]"
+    )
     assert "lamp6" in line
     assert "lamp7" in line
 
@@ -127,7 +136,9 @@ def test_no_chains_yet(refused: Refused, tmp_path: Path) -> None:
 def test_reward_server_of_another_prmu(refused: Refused, tmp_path: Path) -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps({"model_version": "another", "engine": "transformers", "users": 1, "max_tokens": 9}).encode()
+            body = json.dumps(
+                {"model_version": "another", "engine": "transformers", "users": 1, "max_tokens": 9}
+            ).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()

@@ -15,7 +15,12 @@ from tests.e2e.conftest import Workplace
 
 pytestmark = pytest.mark.slow
 
-GUIDED = ["trainer.total_training_steps=4", "trainer.save_freq=2", "trainer.test_freq=4", "prmu_client.deadline_s=4"]
+GUIDED = [
+    "trainer.total_training_steps=4",
+    "trainer.save_freq=2",
+    "trainer.test_freq=4",
+    "prmu_client.deadline_s=4",
+]
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, float]]:
@@ -131,7 +136,9 @@ def test_exploratory_rl_and_evaluation(rewarded: Workplace) -> None:
     run = rewarded.outputs / "exploratory_rl"
     if not (rewarded.outputs / "guided_rl" / "model").is_dir():
         pytest.skip("guided RL left no model (its own test says why)")
-    rewarded.run("exploratory_rl", "trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=-1")
+    rewarded.run(
+        "exploratory_rl", "trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=-1"
+    )
     steps = metrics_of(run)
     assert sorted(steps) == [1, 2]
     assert "reward/prmu/mean" not in steps[2]
@@ -154,4 +161,3 @@ def test_real_reviews_take_the_same_path(rewarded: Workplace, real_data: Path) -
     metrics = metrics_of(rewarded.outputs / "guided_lamp3")[1]
     assert metrics["prmu/unknown_user_frac"] == 1.0
     assert metrics["lamp3/reward/total/mean"] <= 1.0
-
