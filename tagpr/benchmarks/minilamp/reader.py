@@ -244,10 +244,11 @@ def _reference(reading: Reading, rng: random.Random, faults: FaultRates) -> Solv
     else:  # no profile, or one that is about neither reference
         field = rng.choice(fields)
     answer = f"[{fields.index(field) + 1}]"
+    # The comparison stands right before the decision: in any other order a tiny model guesses the index.
     steps = [
+        ("identify_patterns", f"author likes {field}"),
         ("analyze_input", f"refs {reading.cues[0]} or {reading.cues[1]}"),
         ("compare_entities", f"{fields[0]}[1] but {fields[1]}[2]"),
-        ("identify_patterns", f"author likes {field}"),
         ("make_decision", f"{field}{answer}"),
     ]
     return steps, answer, made
