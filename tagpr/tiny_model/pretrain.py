@@ -66,7 +66,7 @@ def run(config: DictConfig) -> None:
     tokenizer, model = build(config)
     metrics = Path(config.run.dir) / "metrics.jsonl"
     seconds = train(config, tokenizer, model, metrics)
-    strangers = population(config.run.seed, 100, first=1_000_000)
+    strangers = population(config.base.world_seed, 100, first=1_000_000)
     quality = evaluate(model, tokenizer, strangers, config.base.evaluation_rows, config.run.seed)
     logger.info(
         "base model: exact match %.3f at temperature 1 on %d rows of unseen SYNTHETIC users, %.0f s",
@@ -85,7 +85,7 @@ def run(config: DictConfig) -> None:
 
 def build(config: DictConfig) -> tuple[PreTrainedTokenizerFast, Qwen3ForCausalLM]:
     """Make the tokenizer and an untrained model of just its vocabulary (verl and vLLM must agree on it)."""
-    tokenizer = build_tokenizer(config.run.seed, config.base.users)
+    tokenizer = build_tokenizer(config.base.world_seed, config.base.users)
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(config.run.seed)
     model = Qwen3ForCausalLM(
@@ -117,8 +117,8 @@ def train(
         StageError: the loss is not finite.
     """
     base = config.base
-    users = population(config.run.seed, base.users)
-    rng = random.Random(f"practice of world {config.run.seed}")
+    users = population(base.world_seed, base.users)
+    rng = random.Random(f"practice of run {config.run.seed}")
     tasks = cycle(TASK_NAMES)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     chosen = {id(p) for p in hidden}
@@ -186,7 +186,7 @@ def evaluate(
 
     Closing words are left out of the comparison on both sides: nobody can know them from the prompt.
     """
-    rng = random.Random(f"evaluation of world {seed}")
+    rng = random.Random(f"evaluation of run {seed}")
     drawn = [(task, *draw(task, rng.choice(users), rng)) for task in islice(cycle(TASK_NAMES), rows)]
     model.eval()
     torch.manual_seed(seed)
