@@ -195,6 +195,18 @@ def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").norm() != norm_before
 
 
+def test_dropped_ids_train_the_unknown_row(tmp_path: Path, configure: Callable[..., Any], base: Path) -> None:
+    settings = configure("train_prmu.epochs=1", "train_prmu.id_dropout=0.5").train_prmu
+    model, tokenizer, users = stage.prmu_model.build(str(base), ["ann"], row_std=0.3, max_tokens=64, seed=0)
+    prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
+    rows = model.get_input_embeddings().weight.detach()[users.unknown_row : users.end]
+    before = rows.clone()
+    stage.train(prmu, [pair(i, "ann") for i in range(16)], settings, 0, io.StringIO())
+    assert ((rows - before).abs().max(dim=1).values > 0).all(), (
+        "both the unknown row and the user's have moved"
+    )
+
+
 def test_gradient_is_the_mean_over_the_batch_however_it_is_cut(
     configure: Callable[..., Any], base: Path
 ) -> None:
