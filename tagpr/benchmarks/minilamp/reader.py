@@ -244,12 +244,13 @@ def _reference(reading: Reading, rng: random.Random, faults: FaultRates) -> Solv
     else:  # no profile, or one that is about neither reference
         field = rng.choice(fields)
     answer = f"[{fields.index(field) + 1}]"
-    # The comparison stands right before the decision: in any other order a tiny model guesses the index.
+    # The choice stands in the sentence of the comparison: a tiny model finds the index at a fixed distance, which
+    # tags between sentences would change.
     steps = [
         ("identify_patterns", f"author likes {field}"),
         ("analyze_input", f"refs {reading.cues[0]} or {reading.cues[1]}"),
-        ("compare_entities", f"{fields[0]}[1] but {fields[1]}[2]"),
-        ("make_decision", f"{field}{answer}"),
+        ("compare_entities", f"{fields[0]}[1] but {fields[1]}[2] so {field}{answer}"),
+        ("make_decision", f"pick {answer}"),
     ]
     return steps, answer, made
 
@@ -306,12 +307,12 @@ _SOLVERS = {"lamp1": _reference, "lamp2": _movie, "lamp3": _rating}
 # First match wins. The grammar of the sentences above, and the tag of each.
 _SENTENCES = (
     (re.compile(r"(refs \S+ or|film with|review says|about \S+) \S+( and \S+| so \d)?"), "analyze_input"),
-    (re.compile(r"\S+\[1\] but \S+\[2\]"), "compare_entities"),
+    (re.compile(r"\S+\[1\] but \S+\[2\] so \S+\[[12]\]"), "compare_entities"),
     (re.compile(r"(author likes|user tags by|user \S+ start with) \S+"), "identify_patterns"),
     (re.compile(r"user is \S+"), "examine_examples"),
     (re.compile(r"\S+ is \S.* but \S+ is \S.*"), "evaluate_reference"),
     (re.compile(r"\d and \S+ gives \d|join \S+ and \S+ \S+"), "synthesize_findings"),
-    (re.compile(r"pick \S.*|\S+\[[12]\]"), "make_decision"),
+    (re.compile(r"pick \S.*"), "make_decision"),
     (re.compile(r"write it|end with \S+"), "formulate_conclusion"),
 )
 
