@@ -20,7 +20,7 @@ say() { echo "[setup $((SECONDS - started))s] $*"; }
 
 say "environment in .venv for $HARDWARE ($($PYTHON --version))"
 [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet "$@"; }
 
 if [[ $HARDWARE == cpu ]]; then
   # First and alone: what comes later is content with it, instead of asking for the newest CUDA build.

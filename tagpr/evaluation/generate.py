@@ -131,8 +131,8 @@ class PromptRenderer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response as the reward function sees it in training: without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Text of a response as the reward sees it in training: special tokens inside it stay, and break its format."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
     def reasoning_tokens(self, response: str, total: int) -> int:

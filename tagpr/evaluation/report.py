@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -15,6 +15,7 @@ from tagpr.evaluation.figures import Series, line_chart
 from tagpr.evaluation.rows import Row
 from tagpr.evaluation.score import Summary
 from tagpr.evaluation.tables import SYNTHETIC, Table, tables
+from tagpr.schema import RewardBreakdown
 from tagpr.tags import TAGS, parse_segments
 
 # A page must open on any machine: longer texts are cut here (and say so), never in the rows' files.
@@ -36,11 +37,12 @@ _KEPT = re.compile(rf"(</?(?:{'|'.join(TAGS)})>)")
 
 @dataclass(frozen=True)
 class Case:
-    """One row as every model answered it; ``prompt`` is what they all saw."""
+    """One row as every model answered it; ``prompt`` is what they all saw, ``rewards`` may be left out."""
 
     id: str
     prompt: str
     rows: Mapping[str, Row]
+    rewards: Mapping[str, RewardBreakdown] = field(default_factory=dict)
 
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -211,7 +213,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _case(case: Case) -> str:
     some = next(iter(case.rows.values()))
-    columns = "".join(_column(label, row) for label, row in case.rows.items())
+    columns = "".join(_column(label, row, case.rewards.get(label)) for label, row in case.rows.items())
     return (
         f"<article><h3>{html.escape(case.id)} <small>user {html.escape(some.user_id)}</small></h3>"
         f"<p>Gold: <q>{_text(some.gold)}</q></p>"
@@ -220,8 +222,13 @@ def _case(case: Case) -> str:
     )
 
 
-def _column(label: str, row: Row) -> str:
-    facts = [f"R_v {row.verifiable:.2f}", f"{row.response_tokens:,} tokens"]
+def _column(label: str, row: Row, reward: RewardBreakdown | None) -> str:
+    facts = [f"R_v {row.verifiable:.2f}"]
+    if reward is not None:
+        facts.append(f"reward {reward.reward:z.2f}")
+        if reward.prmu is not None:
+            facts.append(f"R_PRMU {reward.prmu:.2f}{' (unknown user)' if reward.prmu_unknown_user else ''}")
+    facts.append(f"{row.response_tokens:,} tokens")
     if row.finish_reason == "length":
         facts.append("truncated")
     if row.failure:

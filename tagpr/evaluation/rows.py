@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from pydantic import Field, ValidationError
 
@@ -58,7 +58,7 @@ class Row(Generation):
     answer: str
     parsed: str
     verifiable: float = Field(description="R_v (S23)")
-    format: float = Field(description="R_f (S24)")
+    format: float = Field(description="R_f (S24); 0 for a truncated response, as in training")
     tag: float = Field(description="R_tag (S26)")
     failure: str = Field(description="the first check that failed, by name; empty for a well-formed response")
     tags: dict[str, int] = Field(description="segments by tag, for a response whose tags parse")
@@ -86,14 +86,7 @@ class RowFile:
         self.settings_path = path.with_suffix(".settings.json")
         self.rows: dict[Key, Generation] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_suffix(".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise StageError(
-                f"{path}: another evaluation is writing it. Wait for it, or set another run.name."
-            ) from None
+        self._lock = exclusive(path)
         try:
             self._open(json.loads(json.dumps(settings)), when_changed)
         except BaseException:
@@ -211,6 +204,23 @@ class RowFile:
     ) -> None:
         self._file.close()
         self._lock.close()
+
+
+def exclusive(path: Path) -> TextIO:
+    """Lock ``path`` (by a file beside it) until the returned file is closed.
+
+    Raises:
+        StageError: another process has the lock.
+    """
+    lock = path.with_suffix(".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise StageError(
+            f"{path}: another evaluation is writing it. Wait for it, or set another run.name."
+        ) from None
+    return lock
 
 
 def _line(row: Row) -> bytes:

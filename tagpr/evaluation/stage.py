@@ -1,13 +1,14 @@
-"""Stage ``evaluate``: answer, score, compare, and write it down."""
+"""Stage ``evaluate``: answer, score, ask PRMU, compare, and write it down."""
 
 import json
 import logging
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +28,11 @@ from tagpr.evaluation.generate import (
     answer,
     in_own_process,
 )
-from tagpr.evaluation.rows import Row, RowFile
-from tagpr.evaluation.score import Decoding, Summary, score_row, summarise
+from tagpr.evaluation.prmu_scores import Answered, BackgroundServer, prmu_scores
+from tagpr.evaluation.rows import Key, Row, RowFile
+from tagpr.evaluation.score import Decoding, Rewards, Summary, guided_reward, score_row, summarise
 from tagpr.evaluation.tables import markdown
+from tagpr.rewards.composite import RewardWeights
 from tagpr.runs import (
     check_model_folder,
     file_hash,
@@ -38,7 +41,7 @@ from tagpr.runs import (
     write_json_atomically,
     write_text_atomically,
 )
-from tagpr.schema import Example
+from tagpr.schema import Example, PrmuScore
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +75,17 @@ def run(config: DictConfig) -> None:
 
     Raises:
         ConfigError: no model, no way to decode, or an unknown label.
-        StageError: a model's folder or the examples are missing, or rows were made under other settings.
+        StageError: a model's folder, PRMU or the examples are missing, or rows were made under other settings.
         DataError: the examples or the rows' files are damaged.
+        RewardServerError: PRMU's score of a response cannot be had.
     """
     settings = config.evaluate
     directory = Path(config.run.dir)
     models = _models(config)
     seeds = _seeds(config)
+    weights = _reward_weights(config)
+    if weights is not None and weights.gamma != 0:
+        check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
     data = Path(config.paths.examples) / f"{settings.split}.jsonl"
     if not data.is_file():
         raise StageError(f"{data}: no such file. Run `bash recipes/prepare_data.sh`.")
@@ -107,9 +114,8 @@ def run(config: DictConfig) -> None:
         ", ".join("greedy" if seed is None else f"seed {seed}" for seed in seeds),
     )
     write_text_atomically(directory / "config.yaml", OmegaConf.to_yaml(config))
-    rows: dict[str, list[Row]] = {}
-    for label, model in models.items():
-        job = Job(
+    jobs = [
+        Job(
             label=label,
             model=model,
             path=directory / f"{label}.jsonl",
@@ -119,6 +125,8 @@ def run(config: DictConfig) -> None:
                 **asdict(prompts),
                 "temperature": settings.temperature,
                 "dtype": engine.dtype,
+                # Rows from before this key may lack what the reward would have seen.
+                "special_tokens": "kept",
             },
             when_changed=settings.when_changed,
             prompts=prompts,
@@ -127,20 +135,39 @@ def run(config: DictConfig) -> None:
             seeds=seeds,
             log=directory / "engine.log",
         )
-        if engine.process_per_model if engine.process_per_model is not None else _has_gpu():
-            in_own_process(answer_with, job=job, selected=selected, seen=seen)
-        else:
-            answer_with(job=job, selected=selected, seen=seen)
-        rows[label] = scored_rows(job, examples, seen)
+        for label, model in models.items()
+    ]
+    rows: dict[str, list[Row]] = {}
+    with BackgroundServer(config.paths.prmu, directory) as server:
+        asks_prmu = weights is not None and weights.gamma != 0
+        for job in jobs:
+            if engine.process_per_model if engine.process_per_model is not None else _has_gpu():
+                in_own_process(answer_with, job=job, selected=selected, seen=seen)
+            else:
+                # On a GPU the two would want the same memory; elsewhere the server starts while vLLM does.
+                beside = server.start if asks_prmu and not _has_gpu() else None
+                answer_with(job=job, selected=selected, seen=seen, beside=beside)
+            rows[job.label] = scored_rows(job, examples, seen)
+            server.check()
+        rewards: dict[str, Rewards] | None = None
+        version = None
+        if weights is not None:
+            prmu: dict[str, dict[Key, PrmuScore]] = {}
+            if asks_prmu:
+                version, prmu = _ask_prmu(config, jobs, rows, selected, server)
+            rewards = _rewards(rows, selected, seeds, weights, prmu)
 
-    summary = _summary(config, rows, selected, seeds)
+    summary = _summary(config, rows, selected, seeds, weights, version, rewards)
     text = markdown(summary)
     write_json_atomically(directory / "summary.json", summary.model_dump())
     write_text_atomically(directory / "table.md", text)
     write_text_atomically(
-        directory / "report.html", _page(config, summary, rows, selected, prompts, list(models.values()))
+        directory / "report.html",
+        _page(config, summary, rows, rewards, selected, prompts, list(models.values())),
     )
     inputs = {"examples": data, **{label: Path(model) for label, model in models.items()}}
+    if version is not None:
+        inputs["prmu"] = Path(config.paths.prmu)
     record = manifest("evaluate", inputs, config.run.seed, synthetic=config.benchmark.synthetic)
     write_json_atomically(directory / "manifest.json", record.model_dump())
     sys.stdout.write(text)
@@ -186,8 +213,18 @@ def seen_users(train: Path) -> frozenset[str] | None:
     return frozenset(users)
 
 
-def answer_with(job: Job, selected: Sequence[Example], seen: frozenset[str] | None) -> int:
-    """Answer what one model still has to answer; returns the number of rows."""
+def answer_with(
+    job: Job,
+    selected: Sequence[Example],
+    seen: frozenset[str] | None,
+    beside: Callable[[], None] | None = None,
+) -> int:
+    """Answer what one model still has to answer; returns the number of rows. ``beside`` is called if there are any."""
+
+    def renderer() -> PromptRenderer:
+        if beside is not None:
+            beside()
+        return PromptRenderer(job.model, job.prompts)
 
     def engine() -> AbstractContextManager[Engine]:
         return VllmEngine(job.model, job.engine, job.prompts, job.temperature)
@@ -200,7 +237,7 @@ def answer_with(job: Job, selected: Sequence[Example], seen: frozenset[str] | No
                 examples=selected,
                 seeds=job.seeds,
                 file=file,
-                renderer=partial(PromptRenderer, job.model, job.prompts),
+                renderer=renderer,
                 engine=engine,
                 score=lambda generation, example: score_row(generation, example, _is_seen(example, seen)),
                 write_every_s=job.engine.write_every_s,
@@ -218,6 +255,88 @@ def scored_rows(job: Job, examples: Sequence[Example], seen: frozenset[str] | No
     return rows
 
 
+def _ask_prmu(
+    config: DictConfig,
+    jobs: Sequence[Job],
+    rows: Mapping[str, Sequence[Row]],
+    selected: Sequence[Example],
+    server: BackgroundServer,
+) -> tuple[str, dict[str, dict[Key, PrmuScore]]]:
+    """PRMU's version, and its score of every row of this evaluation, label -> key -> score."""
+    from tagpr.prmu.model import content_version
+
+    batch_items = int(config.evaluate.reward_batch_items)
+    if batch_items < 1:
+        raise ConfigError(f"evaluate.reward_batch_items={batch_items}: asks nothing. Use 1 or more.")
+    examples = {example.id: example for example in selected}
+
+    @cache
+    def renderer(tokenizer: str) -> PromptRenderer:
+        job = next(job for job in jobs if _tokenizer_of(job.model) == tokenizer)
+        return PromptRenderer(job.model, job.prompts)
+
+    # Rows are asked for in order of their ids, so a few prompts are enough for all models.
+    @lru_cache(maxsize=64)
+    def prompt(tokenizer: str, id_: str) -> tuple[str, int]:
+        rendered = renderer(tokenizer).render(examples[id_])
+        return rendered.text, len(rendered.token_ids)
+
+    def prompts_of(job: Job) -> Callable[[Row], str]:
+        tokenizer = _tokenizer_of(job.model)
+
+        def prompt_of(row: Row) -> str:
+            text, tokens = prompt(tokenizer, row.id)
+            if tokens != row.prompt_tokens:
+                raise StageError(
+                    f"{job.path}: row {row.id} answers another prompt than today's code renders. "
+                    "Move the file away and run the same command again."
+                )
+            return text
+
+        return prompt_of
+
+    version = content_version(Path(config.paths.prmu))
+    answered = [
+        Answered(
+            label=job.label,
+            path=job.path.with_name(f"{job.label}.prmu.jsonl"),
+            rows=[row for row in rows[job.label] if row.id in examples and row.seed in job.seeds],
+            settings=job.settings,
+            prompt=prompts_of(job),
+        )
+        for job in jobs
+    ]
+    return version, prmu_scores(answered, server, version, batch_items)
+
+
+@cache
+def _tokenizer_of(model: str) -> str:
+    """What tells tokenizers apart without loading them: models of one family render every prompt the same."""
+    folder = Path(model)
+    vocabulary, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+    if not (vocabulary.is_file() and template.is_file()):
+        return model
+    return file_hash(vocabulary) + file_hash(template)
+
+
+def _rewards(
+    rows: Mapping[str, Sequence[Row]],
+    selected: Sequence[Example],
+    seeds: Sequence[int | None],
+    weights: RewardWeights,
+    prmu: Mapping[str, Mapping[Key, PrmuScore]],
+) -> dict[str, Rewards]:
+    wanted = {example.id for example in selected}
+    return {
+        label: {
+            row.key: guided_reward(row, weights, prmu[label][row.key] if prmu else None)
+            for row in model
+            if row.id in wanted and row.seed in seeds
+        }
+        for label, model in rows.items()
+    }
+
+
 def _is_seen(example: Example, seen: frozenset[str] | None) -> bool | None:
     return None if seen is None else example.user_id in seen
 
@@ -232,7 +351,7 @@ def _models(config: DictConfig) -> dict[str, str]:
     if not chosen:
         raise ConfigError("evaluate.models: names no model. Name one, label: folder.")
     for label in models:
-        if not re.fullmatch(r"[\w.-]+", label) or label in ("summary", "manifest"):
+        if not re.fullmatch(r"[\w.-]+", label) or label in ("summary", "manifest") or label.endswith(".prmu"):
             raise ConfigError(f"evaluate.models.{label}: cannot name a file. Use letters, digits, . _ and -.")
         if label in chosen:
             if label in RECIPES:
@@ -275,6 +394,17 @@ def _seeds(config: DictConfig) -> tuple[int | None, ...]:
     return (*([None] if settings.greedy else []), *seeds)
 
 
+def _reward_weights(config: DictConfig) -> RewardWeights | None:
+    """Weights of eq. 5; None where no rewards are wanted."""
+    if not config.evaluate.reward:
+        return None
+    weights = config.evaluate.reward_weights
+    for name in ("alpha", "beta", "gamma"):
+        if not isinstance(weights[name], int | float) or not math.isfinite(weights[name]):
+            raise ConfigError(f"evaluate.reward_weights.{name}={weights[name]}: no weight. Set a number.")
+    return RewardWeights(alpha=weights.alpha, beta=weights.beta, gamma=weights.gamma)
+
+
 @cache
 def _has_gpu() -> bool:
     import torch
@@ -287,6 +417,9 @@ def _summary(
     rows: dict[str, list[Row]],
     selected: Sequence[Example],
     seeds: Sequence[int | None],
+    weights: RewardWeights | None,
+    prmu_version: str | None,
+    rewards: Mapping[str, Rewards] | None,
 ) -> Summary:
     wanted = {example.id for example in selected}
     everywhere = wanted.intersection(*({row.id for row in model} for model in rows.values()))
@@ -301,7 +434,7 @@ def _summary(
             label: [row for row in model if row.id in everywhere and row.seed in its]
             for label, model in rows.items()
         }
-        return summarise(chosen, config.evaluate.bootstrap.resamples, config.run.seed, name)
+        return summarise(chosen, config.evaluate.bootstrap.resamples, config.run.seed, name, rewards)
 
     sampled = [seed for seed in seeds if seed is not None]
     decodings = ([decoding("greedy", [None])] if None in seeds else []) + (
@@ -316,6 +449,10 @@ def _summary(
         rows_left_out=len(wanted) - len(everywhere),
         temperature=config.evaluate.temperature,
         bootstrap_resamples=config.evaluate.bootstrap.resamples,
+        reward_weights=None
+        if weights is None
+        else {"alpha": weights.alpha, "beta": weights.beta, "gamma": weights.gamma},
+        prmu_version=prmu_version,
         decodings=decodings,
     )
 
@@ -324,6 +461,7 @@ def _page(
     config: DictConfig,
     summary: Summary,
     rows: dict[str, list[Row]],
+    rewards: Mapping[str, Rewards] | None,
     selected: Sequence[Example],
     prompts: PromptSettings,
     models: Sequence[str],
@@ -340,6 +478,8 @@ def _page(
             prompt = renderer.render(examples[id_]).text
         except QueryTooLongError:  # another model's tokenizer had room for it
             continue
-        cases.append(report.Case(id_, prompt, {label: model[id_] for label, model in by_id.items()}))
+        answers = {label: model[id_] for label, model in by_id.items()}
+        worth = {label: its[id_, seed] for label, its in (rewards or {}).items()}
+        cases.append(report.Case(id_, prompt, answers, worth))
     curves = {str(stage): Path(path) for stage, path in config.evaluate.report.curves.items()}
     return report.render(summary, cases, curves)

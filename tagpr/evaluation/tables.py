@@ -44,6 +44,7 @@ METRIC_NAMES = {
 }
 MEASURE_NAMES = {
     "task_score": "mean task score",
+    "reward": "reward (eq. 5)",
     "well_formed": "well-formed (points)",
     "reasoning_tokens": "reasoning tokens",
 }
@@ -74,6 +75,7 @@ def tables(summary: Summary) -> list[Table]:
         found += [
             _main(summary, decoding),
             _differences(summary, decoding),
+            _reward(summary, decoding),
             _lamp(summary, decoding),
             _tags(decoding),
             _failures(decoding),
@@ -116,12 +118,12 @@ def _main(summary: Summary, decoding: Decoding) -> Table:
             return f"{model.reasoning_tokens:.1f}"
         return f"{model.reasoning_tokens:.1f} ({model.reasoning_tokens / base.reasoning_tokens - 1:+.0%})"
 
-    def score(model: ModelSummary) -> str:
-        deviation = model.task_score_deviation
-        return f"{model.task_score:.3f}" if deviation is None else f"{model.task_score:.3f} ± {deviation:.3f}"
+    def figure(value: float | None, deviation: float | None) -> str:
+        shown = f"{value:z.3f}" if value is not None else "–"
+        return shown if deviation is None else f"{shown} ± {deviation:.3f}"
 
     lines: list[tuple[str, str, Callable[[ModelSummary], str]]] = [
-        ("mean task score (R_v) ↑", "task_score", score),
+        ("mean task score (R_v) ↑", "task_score", lambda m: figure(m.task_score, m.task_score_deviation)),
         ("well-formed (R_f = 1, R_tag = 0) ↑", "well_formed", lambda m: f"{m.well_formed:.1%}"),
         ("· R_f = 1", "", lambda m: f"{m.format:.1%}"),
         ("· R_tag = 0", "", lambda m: f"{m.tag:.1%}"),
@@ -131,6 +133,8 @@ def _main(summary: Summary, decoding: Decoding) -> Table:
         ("response tokens", "", lambda m: f"{m.response_tokens:.1f}"),
         ("repetition R_rep", "", lambda m: f"{m.repetition:z.3f}"),
     ]
+    if base.reward is not None:
+        lines.insert(1, ("reward (eq. 5) ↑", "reward", lambda m: figure(m.reward, m.reward_deviation)))
     rows = [_line(name, models, text, decoding.best.get(measure)) for name, measure, text in lines]
     note = describe(decoding)
     if decoding.name == "sampled":
@@ -149,7 +153,7 @@ def _line(
 
 def _differences(summary: Summary, decoding: Decoding) -> Table:
     def cell(difference: Difference) -> Cell:
-        form = "+z.3f" if difference.measure == "task_score" else "+z.1f"
+        form = "+z.3f" if difference.measure in ("task_score", "reward") else "+z.1f"
         scale = 100 if difference.measure == "well_formed" else 1
         text = format(scale * difference.mean, form)
         if difference.low is None or difference.high is None:
@@ -158,15 +162,47 @@ def _differences(summary: Summary, decoding: Decoding) -> Table:
 
     pairs = list(dict.fromkeys((each.model, each.against) for each in decoding.differences))
     found = {(each.model, each.against, each.measure): each for each in decoding.differences}
+    measures = [measure for measure in MEASURE_NAMES if any(measure == key[2] for key in found)]
     rows = tuple(
-        (Cell(f"{model} − {against}"), *(cell(found[model, against, measure]) for measure in MEASURE_NAMES))
+        (Cell(f"{model} − {against}"), *(cell(found[model, against, measure]) for measure in measures))
         for model, against in pairs
     )
     note = (
         f"{describe(decoding)}. In brackets 95 % intervals: paired bootstrap over users, "
         f"{summary.bootstrap_resamples:,} resamples, not corrected for several comparisons."
     )
-    return Table(_title("Differences", decoding), note, ("", *MEASURE_NAMES.values()), rows)
+    head = ("", *(MEASURE_NAMES[measure] for measure in measures))
+    return Table(_title("Differences", decoding), note, head, rows)
+
+
+def _reward(summary: Summary, decoding: Decoding) -> Table:
+    models = decoding.models
+    weights = summary.reward_weights
+    if weights is None:
+        return Table("Reward", "", (), ())
+
+    def part(name: str, form: str) -> Callable[[ModelSummary], str]:
+        def text(model: ModelSummary) -> str:
+            value = getattr(model.reward_parts, name)
+            return "–" if value is None else format(value, form)
+
+        return text
+
+    rows = [
+        _line("reward (eq. 5)", models, lambda m: f"{m.reward:z.3f}", decoding.best.get("reward")),
+        _line("· R_v: task score", models, part("verifiable", ".3f"), None),
+        _line("· R_rep: repetition", models, part("repetition", "z.3f"), None),
+        _line("· R_f: format", models, part("format", ".3f"), None),
+        _line("· R_tag: tags", models, part("tag", "z.3f"), None),
+        _line("· R_PRMU", models, part("prmu", ".3f"), None),
+        _line("scored with PRMU's unknown user", models, part("unknown_user", ".1%"), None),
+    ]
+    note = (
+        f"{describe(decoding)}. Eq. 5: {weights['alpha']:g}·(R_v + R_rep)·R_f + {weights['beta']:g}·R_tag + "
+        f"{weights['gamma']:g}·R_PRMU, means over tasks; "
+        + (f"PRMU {summary.prmu_version}." if summary.prmu_version else "PRMU was not asked.")
+    )
+    return Table(_title("Reward", decoding), note, ("", *models), tuple(rows))
 
 
 def _lamp(summary: Summary, decoding: Decoding) -> Table:
@@ -248,9 +284,27 @@ def _users(decoding: Decoding) -> Table:
                 *(Cell(f"{group.well_formed:.1%}" if group else "–") for group in groups.values()),
             )
         )
+        if some.reward is not None:
+            rewards = [group.reward if group else None for group in groups.values()]
+            rows.append(
+                (
+                    Cell(f"{name}: reward (eq. 5)"),
+                    size,
+                    *(Cell("–" if reward is None else f"{reward:z.3f}") for reward in rewards),
+                )
+            )
+        if some.unknown_user is not None:
+            shares = [group.unknown_user if group else None for group in groups.values()]
+            rows.append(
+                (
+                    Cell(f"{name}: PRMU's unknown user"),
+                    size,
+                    *(Cell("–" if share is None else f"{share:.1%}") for share in shares),
+                )
+            )
     note = (
         f"{describe(decoding)}. Seen: the user has rows in the training split; "
-        "unknown: there was no training split to look in."
+        "unknown: there was no training split to look in. PRMU may know fewer users than training saw."
     )
     return Table(_title("Users", decoding), note, ("", "of", *decoding.models), tuple(rows))
 
