@@ -1,6 +1,6 @@
 """The ledger: every reply that was paid for, one row each, so that no unit of work is paid for twice.
 
-SQLite in WAL mode. Rows are committed in batches (FACTS 5); a committed row survives ``kill -9`` of this process. The
+SQLite in WAL mode. Rows are committed in batches; a committed row survives ``kill -9`` of this process. The
 rows hold model, parameters and reply, never a key or a URL.
 """
 

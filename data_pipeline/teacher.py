@@ -19,7 +19,7 @@ class Rollout:
 def rollout_unit(
     prompt: str, sample: str, rollout: int, with_profile: bool, request: dict[str, object] | None = None
 ) -> Unit:
-    """The unit of work for one rollout: 16 rollouts of one prompt are 16 resumable requests, not one (FACTS 5)."""
+    """The unit of work for one rollout: 16 rollouts of one prompt are 16 resumable requests, not one."""
     kind = "teacher" if with_profile else "teacher_without_profile"
     return Unit(kind, prompt, sample=sample, rollout=rollout, request=request or {})
 

@@ -265,9 +265,6 @@ def _ask_prmu(
     """PRMU's version, and its score of every row of this evaluation, label -> key -> score."""
     from tagpr.prmu.model import content_version
 
-    batch_items = int(config.evaluate.reward_batch_items)
-    if batch_items < 1:
-        raise ConfigError(f"evaluate.reward_batch_items={batch_items}: asks nothing. Use 1 or more.")
     examples = {example.id: example for example in selected}
 
     @cache
@@ -306,7 +303,7 @@ def _ask_prmu(
         )
         for job in jobs
     ]
-    return version, prmu_scores(answered, server, version, batch_items)
+    return version, prmu_scores(answered, server, version, config.evaluate.reward_batch_items)
 
 
 @cache
@@ -398,6 +395,9 @@ def _reward_weights(config: DictConfig) -> RewardWeights | None:
     """Weights of eq. 5; None where no rewards are wanted."""
     if not config.evaluate.reward:
         return None
+    batch_items = config.evaluate.reward_batch_items
+    if not isinstance(batch_items, int) or batch_items < 1:
+        raise ConfigError(f"evaluate.reward_batch_items={batch_items}: asks nothing. Use 1 or more.")
     weights = config.evaluate.reward_weights
     for name in ("alpha", "beta", "gamma"):
         if not isinstance(weights[name], int | float) or not math.isfinite(weights[name]):

@@ -2,7 +2,7 @@
 
 It practises on fresh prompts of MiniLaMP's SYNTHETIC training users with the simulated teacher's chains,
 faults included: what is left to mend is for SFT and RL. The loss is on the response only. Muon on the matrices and a
-wide embedding init make it learn within two minutes on one core; AdamW alone does not (FACTS 7).
+wide embedding init make it learn within two minutes on one core; AdamW alone does not.
 """
 
 import json

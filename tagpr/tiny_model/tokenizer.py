@@ -28,7 +28,7 @@ _PIECES = Regex(
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# What LaMP's prompts always say (FACTS 6): one token each, or prompts are more than twice as long.
+# What LaMP's prompts always say: one token each, or prompts are more than twice as long.
 _PHRASES = (
     "For an author who has written the paper with the title",
     '", which reference is related? Just answer with [1] or [2] without explanation. [1]: "',

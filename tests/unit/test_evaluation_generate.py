@@ -222,6 +222,8 @@ def test_prompt_is_one_user_message_and_ends_where_the_model_begins(tokenizer_fo
     assert text == f"<|im_start|>user\n{prompt.text}<|im_end|>\n<|im_start|>assistant\n"
     control = renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert prompt.token_ids.count(control) == 1
-    assert renderer.decode([*renderer.tokenizer.encode("<think>a</think>b"), control]) == "<think>a</think>b"
+    # A forged special token must stay visible: the reward sees it, and it breaks the format.
+    forged = [*renderer.tokenizer.encode("<think>a</think>"), control, *renderer.tokenizer.encode("b")]
+    assert renderer.decode(forged) == "<think>a</think><|im_end|>b"
     with pytest.raises(QueryTooLongError):
         renderer.render(example.model_copy(update={"query": "review: " + "x" * 100}))

@@ -7,10 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tagpr.errors import ConfigError
 from tagpr.evaluation.rows import Generation, Row
-from tagpr.evaluation.score import Decoding, Summary, score_row, summarise, summarise_model
+from tagpr.evaluation.score import (
+    Decoding,
+    Rewards,
+    Summary,
+    guided_reward,
+    score_row,
+    summarise,
+    summarise_model,
+)
 from tagpr.evaluation.tables import SYNTHETIC, markdown, tables
-from tagpr.schema import Example
+from tagpr.rewards.composite import RewardWeights, score_response
+from tagpr.rewards.repetition import repetition_reward
+from tagpr.schema import Example, PrmuScore
 
 TAGGED = "<analyze_input> a. </analyze_input>\n<identify_patterns> b. </identify_patterns>\n<make_decision> c. </make_decision>"
 
@@ -92,8 +103,13 @@ def test_figures_of_one_model() -> None:
     assert found.lamp["lamp3"]["rmse"] == pytest.approx(math.sqrt(17 / 3))
     assert found.lamp["lamp1"]["accuracy"] == 1.0
     assert found.unparsable == pytest.approx(1 / 4)
-    assert (found.well_formed, found.format, found.tag) == (0.75, 1.0, 0.75)
-    assert found.failures == {"text_outside_tags": 1}
+    assert (found.well_formed, found.format, found.tag) == (
+        0.5,
+        0.75,
+        0.75,
+    )  # truncated: R_f = 0, as in training
+    assert found.failures == {"text_outside_tags": 1, "truncated": 1}
+    assert (found.reward, found.reward_parts) == (None, None)
     assert found.truncated == 1
     assert found.segments == 3.0
     assert found.tag_shares == dict.fromkeys(
@@ -173,7 +189,119 @@ def test_several_seeds_are_averaged_before_anything_is_compared() -> None:
     assert "4 rows of 4 users, sampled, 2 seeds (0, 1)" in text
 
 
-def summary(decoding: Decoding, synthetic: bool) -> Summary:
+def prmu(logit: float, unknown: bool = False) -> PrmuScore:
+    return PrmuScore(logit=logit, score=1 / (1 + math.exp(-logit)), unknown_user=unknown, version="v1")
+
+
+def rewarded(rows: Sequence[Row], logit: float = 0.0) -> Rewards:
+    return {row.key: guided_reward(row, RewardWeights(), prmu(logit, row.user_id == "u")) for row in rows}
+
+
+pieces = st.sampled_from(["<think>", "</think>", *TAGGED.splitlines(), "4", "2", " ", "\n", "<|im_end|>"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.builds(
+            lambda reasoning, answer: tagged(answer, reasoning),
+            st.sampled_from([TAGGED, "plain."]),
+            st.sampled_from(["4", "2", ""]),
+        ),
+        st.lists(pieces, max_size=8).map("".join),
+    ),
+    st.lists(st.integers(0, 3), max_size=12),
+    st.floats(-20, 20),
+    st.booleans(),
+    st.tuples(*[st.floats(-2, 2)] * 3),
+)
+def test_a_rows_reward_is_that_of_training(
+    response: str, token_ids: list[int], logit: float, finished: bool, weights: tuple[float, float, float]
+) -> None:
+    row = answered("a", response, gold="4", finish_reason="stop" if finished else "length")
+    row = row.model_copy(update={"repetition": repetition_reward(token_ids)})
+    trained = score_response(
+        "lamp3", "4", response, token_ids, "guided", RewardWeights(*weights), prmu(logit), finished=finished
+    )
+    assert guided_reward(row, RewardWeights(*weights), prmu(logit)) == trained
+
+
+def test_a_reward_without_prmus_score_is_an_error_unless_it_weighs_nothing() -> None:
+    row = answered("a", tagged("4"), gold="4")
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.reward_weights\.gamma=0\.2: needs PRMU's score of row a"
+    ):
+        guided_reward(row, RewardWeights(), None)
+    assert guided_reward(row, RewardWeights(gamma=0.0), None).reward == pytest.approx(0.8 * (1 - 0.25))
+
+
+def test_mean_reward_and_its_parts() -> None:
+    rows = [
+        answered("a", tagged("4"), gold="4", user="u", seen=False),  # .8 * .75 + .1
+        answered("b", tagged("4", "plain."), gold="4", user="v"),  # the same - .8
+        answered("c", tagged("[1]"), gold="[2]", task="lamp1", user="v"),  # .8 * -.25 + .1
+    ]
+    found = summarise_model(rows, rewarded(rows))
+    assert found.reward == pytest.approx(((0.7 - 0.1) / 2 - 0.1) / 2)  # tasks weigh the same
+    assert found.reward_deviation is None
+    assert found.reward_parts is not None
+    assert found.reward_parts.model_dump() == pytest.approx(
+        {
+            "verifiable": 0.5,
+            "repetition": -0.25,
+            "format": 1.0,
+            "tag": -0.25,
+            "prmu": 0.5,
+            "unknown_user": 1 / 3,
+        }
+    )
+    assert found.groups["unseen"].reward == pytest.approx(0.7)
+    assert found.groups["unseen"].unknown_user == 1.0
+    assert found.groups["seen"].reward == pytest.approx(-0.1)
+    assert found.groups["seen"].unknown_user == 0.0
+
+
+def test_without_gamma_prmu_has_no_figures() -> None:
+    rows = model([True, False], ["a", "b"])
+    weights = RewardWeights(gamma=0.0)
+    found = summarise_model(rows, {row.key: guided_reward(row, weights, None) for row in rows})
+    assert found.reward_parts is not None
+    assert (found.reward_parts.prmu, found.reward_parts.unknown_user) == (None, None)
+    assert found.reward == pytest.approx(0.8 * (0.5 - 0.25))
+
+
+def test_rewards_are_compared_like_task_scores() -> None:
+    users = [str(n % 20) for n in range(60)]
+    base, sft = model([n % 2 == 0 for n in range(60)], users), model([n % 2 == 0 for n in range(60)], users)
+    # The same answers: only PRMU tells them apart.
+    rewards = {"base": rewarded(base, -1.0), "sft": rewarded(sft, 1.0)}
+    found = summarise({"base": base, "sft": sft}, 500, 0, "greedy", rewards)
+    by_measure = {each.measure: each for each in found.differences}
+    assert by_measure["task_score"].mean == 0.0
+    lead = by_measure["reward"]
+    assert lead.mean == pytest.approx(0.2 * (math.exp(1) - 1) / (math.exp(1) + 1))
+    assert lead.low is not None
+    assert lead.low > 0
+    assert (lead.rows, lead.users) == (60, 20)
+    assert found.best == {"reward": "sft"}
+    text = markdown(summary(found, synthetic=True, weights=RewardWeights()))
+    assert f"**{found.models['sft'].reward:.3f}**" in text
+    assert "PRMU v1" in text
+    assert text.count("reward (eq. 5)") >= 4  # main figures, differences, its parts, users
+    without = markdown(summary(summarise({"base": base, "sft": sft}, 50, 0, "greedy"), synthetic=True))
+    assert "eq. 5" not in without
+
+
+def test_rewards_of_several_seeds() -> None:
+    rows = model([True] * 3, ["a", "b", "c"], seed=0) + model([False] * 3, ["a", "b", "c"], seed=1)
+    decoding = summarise({"base": rows}, 50, 0, "sampled", {"base": rewarded(rows)})
+    found = decoding.models["base"]
+    assert found.reward == pytest.approx(0.8 * 0.25 + 0.1)
+    assert found.reward_deviation == pytest.approx(0.8 * math.sqrt(0.5))
+    assert "0.300 ± 0.566" in markdown(summary(decoding, synthetic=True, weights=RewardWeights()))
+
+
+def summary(decoding: Decoding, synthetic: bool, weights: RewardWeights | None = None) -> Summary:
     return Summary(
         benchmark="minilamp" if synthetic else "lamp",
         synthetic=synthetic,
@@ -183,6 +311,8 @@ def summary(decoding: Decoding, synthetic: bool) -> Summary:
         rows_left_out=0,
         temperature=1.0,
         bootstrap_resamples=100,
+        reward_weights=None if weights is None else {"alpha": 0.8, "beta": 0.8, "gamma": 0.2},
+        prmu_version=None if weights is None else "v1",
         decodings=[decoding],
     )
 

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import math
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from test_evaluation_prmu_scores import StubServer, logit
 
 from tagpr.benchmarks.examples import write_examples
 from tagpr.configuration import compose, resolve
-from tagpr.errors import ConfigError, DataError, StageError, TagPRError
-from tagpr.evaluation import stage
+from tagpr.errors import ConfigError, DataError, RewardServerError, StageError, TagPRError
+from tagpr.evaluation import prmu_scores, stage
 from tagpr.evaluation.generate import Completion, RenderedPrompt, Request, in_own_process
 from tagpr.schema import Example
 
@@ -55,7 +57,16 @@ class FakeEngine:
 
 
 @pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stub(monkeypatch: pytest.MonkeyPatch) -> StubServer:
+    stub = StubServer()
+    monkeypatch.setattr(prmu_scores, "local_server", stub.serve)
+    # By name: a process of its own imports this file, and should not have to load transformers.
+    monkeypatch.setattr("tagpr.prmu.model.content_version", lambda folder: stub.version)
+    return stub
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubServer) -> Path:
     monkeypatch.setattr(stage, "PromptRenderer", FakeRenderer)
     monkeypatch.setattr(stage, "VllmEngine", FakeEngine)
     monkeypatch.setattr(stage, "_has_gpu", lambda: False)
@@ -74,6 +85,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )  # fmt: skip
     for folder, answer in zip(("base", "sft", "guided_rl", "exploratory_rl"), "1444", strict=True):
         make_model(tmp_path / folder / "model", f"<think>\nwords.\n</think>\n\n{answer}")
+    make_model(tmp_path / "prmu" / "model", "")
     return tmp_path
 
 
@@ -91,7 +103,7 @@ def evaluate(outputs: Path, *overrides: str) -> dict:
 
 
 def test_everything_is_written_and_a_second_run_starts_nothing(
-    outputs: Path, capfd: pytest.CaptureFixture[str]
+    outputs: Path, stub: StubServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     summary = evaluate(outputs)
     folder = outputs / "evaluation"
@@ -107,8 +119,11 @@ def test_everything_is_written_and_a_second_run_starts_nothing(
     assert "Prompt of lamp1:dev:0" in (folder / "report.html").read_text()
     assert json.loads((folder / "manifest.json").read_text())["stage"] == "evaluate"
     assert FakeEngine.started == ["base", "sft", "guided_rl", "exploratory_rl"]
+    assert (stub.starts, stub.running) == (1, 0)
+    assert sum(map(len, stub.requests)) == 48
     evaluate(outputs)
     assert len(FakeEngine.started) == 4
+    assert stub.starts == 1
     assert (folder / "table.md").read_text() == table
 
 
@@ -131,6 +146,80 @@ def test_samples_stand_beside_greedy_answers(outputs: Path) -> None:
     assert [each["name"] for each in summary["decodings"]] == ["greedy", "sampled"]
     assert summary["decodings"][1]["models"]["sft"]["seeds"] == [5, 6]
     assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 36
+
+
+def test_the_reward_is_asked_about_what_the_model_saw_and_said(outputs: Path, stub: StubServer) -> None:
+    summary = evaluate(outputs, "evaluate.only=[base,sft]", "evaluate.seeds=[5]")
+    asked = {item["id"]: item for items in stub.requests for item in items}
+    assert len(asked) == 48
+    assert asked["sft/lamp1:dev:3/5"] == {
+        "id": "sft/lamp1:dev:3/5",
+        "user_id": "3",
+        "prompt": "Prompt of lamp1:dev:3",
+        "response": "<think>\nwords.\n</think>\n\n4",
+    }
+    found = summary["decodings"][0]["models"]["sft"]
+    personal = 1 / (1 + math.exp(-logit("Prompt of lamp1:dev:3", "4")))
+    assert found["reward_parts"]["prmu"] == pytest.approx(personal)
+    repetition = found["reward_parts"]["repetition"]
+    assert found["reward"] == pytest.approx(0.8 * (0.5 + repetition) - 0.8 + 0.2 * personal)
+    assert {each["measure"] for each in summary["decodings"][0]["differences"]} >= {"task_score", "reward"}
+    assert (summary["prmu_version"], summary["reward_weights"]["gamma"]) == ("v1", 0.2)
+    table, page = ((outputs / "evaluation" / name).read_text() for name in ("table.md", "report.html"))
+    assert "reward (eq. 5) ↑" in table
+    assert "reward (eq. 5) ↑" in page
+    assert "R_PRMU 0." in page
+    assert "prmu" in json.loads((outputs / "evaluation" / "manifest.json").read_text())["inputs"]
+
+
+def test_another_prmu_asks_again_but_answers_nothing_again(outputs: Path, stub: StubServer) -> None:
+    evaluate(outputs, "evaluate.only=[sft]")
+    stub.version = "v2"
+    assert evaluate(outputs, "evaluate.only=[sft]")["prmu_version"] == "v2"
+    assert (stub.starts, len(FakeEngine.started)) == (2, 1)
+
+
+@pytest.mark.parametrize("override", ["evaluate.reward=false", "evaluate.reward_weights.gamma=0"])
+def test_without_the_reward_nobody_needs_prmu(outputs: Path, stub: StubServer, override: str) -> None:
+    summary = evaluate(outputs, override, "evaluate.only=[sft]", "paths.prmu=/nowhere")
+    found = summary["decodings"][0]["models"]["sft"]
+    assert stub.starts == 0
+    assert summary["prmu_version"] is None
+    assert (found["reward"] is None) == ("false" in override)
+    assert ("eq. 5" in (outputs / "evaluation" / "table.md").read_text()) == ("false" not in override)
+
+
+def test_on_a_gpu_the_server_waits_until_the_memory_is_free(
+    outputs: Path, stub: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_has_gpu", lambda: True)
+
+    def here(function: Callable[..., int], **arguments: object) -> int:
+        assert stub.starts == 0
+        return function(**arguments)
+
+    monkeypatch.setattr(stage, "in_own_process", here)
+    evaluate(outputs, "evaluate.only=[base,sft]")
+    assert stub.starts == 1
+
+
+def test_a_prompt_that_today_would_be_another_is_not_scored(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(outputs, "evaluate.only=[sft]", "evaluate.reward=false")
+    monkeypatch.setattr(FakeRenderer, "render", lambda *_: RenderedPrompt("another", (1, 2), 0, 0))
+    with pytest.raises(StageError, match=r"sft\.jsonl: row \S+ answers another prompt"):
+        evaluate(outputs, "evaluate.only=[sft]")
+
+
+def test_a_server_that_cannot_start_stops_the_stage_and_keeps_the_answers(
+    outputs: Path, stub: StubServer
+) -> None:
+    stub.fails_to_start = True
+    with pytest.raises(RewardServerError, match="reward server: exited"):
+        evaluate(outputs, "evaluate.only=[sft]")
+    assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 12
+    assert not (outputs / "evaluation" / "summary.json").exists()
 
 
 def test_a_retrained_model_answers_again(outputs: Path) -> None:
@@ -175,6 +264,10 @@ def test_a_model_of_ones_own(outputs: Path) -> None:
         (["paths.guided=/nowhere"], StageError, "paths.guided=/nowhere: no such folder. Run `bash recipes/guided_rl.sh`"),
         (["paths.exploratory=/nowhere"], StageError, "recipes/exploratory_rl.sh"),
         (["paths.sft=/nowhere"], StageError, "recipes/sft.sh"),
+        (["paths.prmu=/nowhere"], StageError, "paths.prmu=/nowhere: no such folder. Run `bash recipes/train_prmu.sh`"),
+        (["evaluate.reward_weights.beta=much"], ConfigError, "evaluate.reward_weights.beta=much: no weight"),
+        (["evaluate.reward_batch_items=0"], ConfigError, "evaluate.reward_batch_items=0"),
+        (["+evaluate.models={a.prmu: /x}"], ConfigError, "evaluate.models.a.prmu: cannot name a file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_starts(

@@ -47,7 +47,7 @@ def test_a_date_that_cannot_be_ordered_is_refused(date: str) -> None:
     st.integers(0, 14),
 )
 def test_recency_equals_the_official_rule(days: list[tuple[int, int, int]], size: int) -> None:
-    """The rule (FACTS 6): sort by the date's numbers, take the last n, reverse."""
+    """The rule: sort by the date's numbers, take the last n, reverse."""
     profile = [item(str(index), f"{y}-{m:02d}-{d:02d}") for index, (y, m, d) in enumerate(days)]
     ranked = sorted(range(len(days)), key=lambda index: days[index])
     expected = ranked[max(0, len(ranked) - size) :][::-1]

@@ -1,4 +1,4 @@
-"""Write MiniLaMP: six tasks of SYNTHETIC users in LaMP's time-split file format (FACTS 6)."""
+"""Write MiniLaMP: six tasks of SYNTHETIC users in LaMP's time-split file format."""
 
 import json
 import random

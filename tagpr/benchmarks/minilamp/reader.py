@@ -74,7 +74,7 @@ class Reading:
 
 
 def read(prompt: str) -> Reading:
-    """Read an official LaMP prompt (FACTS 6) about this world, with a profile of any size or without one.
+    """Read an official LaMP prompt about this world, with a profile of any size or without one.
 
     Profile items whose words are not of this world are passed over (a cut item, say); the query must be
     readable.

@@ -170,7 +170,7 @@ def profile_item(task: str, user: User, rng: random.Random, old: bool) -> dict[s
 
 
 def question(task: str, user: User, rng: random.Random, closing_share: float) -> tuple[str, str]:
-    """A query in LaMP's official input template (FACTS 6), and what this user would answer.
+    """A query in LaMP's official input template, and what this user would answer.
 
     ``closing_share`` of the gold answers of lamp4/5/7 end on the user's closing word.
     """
