@@ -254,6 +254,8 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VERL_PLATFORM": "cpu",
+            # Ray starts workers at niceness 15, at which anything else on the machine starves them.
+            "RAY_worker_niceness": "0",
         }
     return environment
 
