@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash recipes/setup.sh
 python=.venv/bin/python
-export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1
+export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 step() { echo "[tests ${SECONDS}s] $*"; }
 
 if (($#)); then exec "$python" -m pytest "$@"; fi
