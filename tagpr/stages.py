@@ -7,6 +7,7 @@ each other; with any other setting the stage itself names what is missing and th
 prerequisite costs GPU-days or money.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -149,12 +150,17 @@ def execute(jobs: dict[Job, tuple[Job, ...]]) -> None:
         print_line(f"all done in {time.monotonic() - began:.0f} s: {spent}")
 
 
+def die_with_parent() -> None:
+    """In a child, before it becomes the job: end when this process ends, even by ``kill -9`` (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 def start(job: Job, say: Callable[[str], None]) -> tuple[subprocess.Popen, threading.Thread]:
     """Start a job in a process group of its own, its output passed on line by line."""
     say("$ " + " ".join(["python", *job.command()[1:]]))
     process = subprocess.Popen(
         job.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=die_with_parent, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
 
     def pump() -> None:
@@ -187,6 +193,8 @@ def print_line(line: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """``python -m tagpr <stage> [key=value ...]``; returns the exit status."""
+    # A scheduler's SIGTERM is treated like a person's interrupt: what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         if not arguments or arguments[0] not in STAGES:
             given = arguments[0] if arguments else "nothing"

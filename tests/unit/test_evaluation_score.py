@@ -350,13 +350,14 @@ def test_a_difference_is_the_difference_of_the_figures(rows: list[tuple[bool, bo
         ]
         for place, label in enumerate(("base", "sft"))
     }
-    found = summarise(models, 20, 0, "greedy")
-    difference = found.differences[0]
-    assert difference.mean == pytest.approx(
-        found.models["sft"].task_score - found.models["base"].task_score, abs=1e-9
-    )
-    if difference.low is not None and difference.high is not None:
-        assert difference.low <= difference.high
+    rewards = {label: rewarded(its, len(its[0].user_id)) for label, its in models.items()}
+    found = summarise(models, 20, 0, "greedy", rewards)
+    for measure in ("task_score", "reward"):
+        difference = next(each for each in found.differences if each.measure == measure)
+        base, sft = (getattr(found.models[label], measure) for label in models)
+        assert difference.mean == pytest.approx(sft - base, abs=1e-9)
+        if difference.low is not None and difference.high is not None:
+            assert difference.low <= difference.high
 
 
 def test_table_columns_line_up_in_a_terminal() -> None:

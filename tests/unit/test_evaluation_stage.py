@@ -203,6 +203,29 @@ def test_on_a_gpu_the_server_waits_until_the_memory_is_free(
     assert stub.starts == 1
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_beside_an_engine_on_a_cpu_the_server_starts_at_once(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    order: list[str] = []
+
+    class Engine(FakeEngine):
+        def __init__(self, model: str, *_: object) -> None:
+            order.append("engine")
+            super().__init__(model)
+
+    def start(server: prmu_scores.BackgroundServer) -> None:
+        order.append("server")
+        actually_start(server)
+
+    actually_start = prmu_scores.BackgroundServer.start
+    monkeypatch.setattr(prmu_scores.BackgroundServer, "start", start)
+    monkeypatch.setattr(stage, "VllmEngine", Engine)
+    monkeypatch.setattr(stage, "_has_gpu", lambda: gpu)
+    evaluate(outputs, "evaluate.only=[sft]", "evaluate.engine.process_per_model=false")
+    assert order[:2] == (["engine", "server"] if gpu else ["server", "engine"])
+
+
 def test_a_prompt_that_today_would_be_another_is_not_scored(
     outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,9 @@
 """What needs what: missing prerequisites come first on the embedded default, and only there."""
 
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,27 @@ def test_a_failing_job_stops_the_others(monkeypatch: pytest.MonkeyPatch, empty_f
     with pytest.raises(StageError, match=r"bad: failed \(status 3\)"):
         execute({bad: (), slow: (), after: (bad,)})
     assert not (empty_folder / "late").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_what_was_started_ends_with_its_runner(sent: signal.Signals, empty_folder: Path) -> None:
+    runner = (
+        "import sys, tagpr.stages as s\n"
+        "s.Job.command = lambda self: [sys.executable, '-c', "
+        "\"import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)\"]\n"
+        "s.plan = lambda stage, overrides: {s.Job('a', ()): (), s.Job('b', ()): (s.Job('a', ()),)}\n"
+        "sys.exit(s.main(['evaluate']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", runner], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pid_file = empty_folder / "pid"
+    give_up = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    job = int(pid_file.read_text())
+    process.send_signal(sent)
+    process.wait(timeout=60)
+    while Path(f"/proc/{job}").exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{job}").exists()
