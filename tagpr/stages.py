@@ -49,7 +49,7 @@ STAGES: dict[str, Stage] = {
     "serve_prmu": Stage("reward_server", None, "", ("train_prmu",)),
     "guided_rl": Stage("tagpr.rl", "paths.guided", "config.json", ("prepare_data", "sft", "train_prmu"), takes_name=True),
     "exploratory_rl": Stage("tagpr.rl", "paths.exploratory", "config.json", ("prepare_data", "guided_rl"), takes_name=True),
-    "evaluate": Stage("tagpr.evaluation", None, "", ("prepare_data", "base", "sft", "guided_rl", "exploratory_rl")),
+    "evaluate": Stage("tagpr.evaluation", None, "", ("prepare_data", "base", "sft", "train_prmu", "guided_rl", "exploratory_rl")),
 }  # fmt: skip
 
 
@@ -99,6 +99,8 @@ def wanted(stage: str, config: DictConfig) -> list[str]:
     if stage == "evaluate" and config.evaluate.get("only"):
         labels = {"base": "base", "sft": "sft", "guided_rl": "guided", "exploratory_rl": "exploratory"}
         needs = [need for need in needs if need not in labels or labels[need] in config.evaluate.only]
+    if stage == "evaluate" and not (config.evaluate.reward and config.evaluate.reward_weights.gamma):
+        needs.remove("train_prmu")
     return needs
 
 

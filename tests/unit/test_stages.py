@@ -53,6 +53,13 @@ def test_without_its_reward_guided_rl_needs_no_prmu() -> None:
     assert "train_prmu" not in names("guided_rl", "objective.gamma=0")
 
 
+def test_evaluation_needs_the_models_it_compares(empty_folder: Path) -> None:
+    assert "guided_rl" not in names("evaluate", "evaluate.only=[base,sft]")
+    make(empty_folder, "prepare_data")
+    make(empty_folder, "base")
+    assert names("evaluate", "evaluate.only=[base]", "evaluate.reward=false") == ["evaluate"]
+
+
 def test_other_settings_make_nothing_by_themselves() -> None:
     assert names("guided_rl", "setting=paper") == ["guided_rl"]
 
