@@ -13,7 +13,7 @@ if (($#)); then exec "$python" -m pytest "$@"; fi
 step "style (ruff)";            $python -m ruff check . && $python -m ruff format --check .
 step "types (mypy)";            $python -m mypy
 step "arrows (import-linter)";  .venv/bin/lint-imports
-step "unit and contract tests"; $python -m pytest -q -m "not slow and not gpu" --durations=5
+step "unit and contract tests"; $python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" --durations=5
 step "end-to-end and fault tests on the embedded default"
 $python -m pytest -q -m slow --durations=12
 step "all passed"

@@ -31,6 +31,7 @@ class TagPRTrainer(PPOTrainerSync):
         super().__init__(config)
         self.run_dir = Path(config.run.dir)
         self._started = time.monotonic()
+        self._saved_step = 0
 
     def on_init_end(self) -> None:
         """Weights are synced and a checkpoint, where there is one, is loaded: open the metrics at its step."""
@@ -44,12 +45,12 @@ class TagPRTrainer(PPOTrainerSync):
     def on_validate_begin(self) -> None:
         """verl creates its loggers just before the first validation."""
         super().on_validate_begin()
-        self.logger.logger["run"] = self._metrics_log
+        self.logger.logger["run"] = self
 
     def on_train_begin(self) -> None:
         """As above, where there is no validation before training."""
         super().on_train_begin()
-        self.logger.logger["run"] = self._metrics_log
+        self.logger.logger["run"] = self
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
@@ -131,8 +132,18 @@ class TagPRTrainer(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         super()._save_checkpoint()
-        mark_complete(Path(self.config.trainer.default_local_dir), int(self.global_steps))
-        logger.info("checkpoint of step %d saved", self.global_steps)
+        self._saved_step = int(self.global_steps)
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Record the metrics of a step (the interface of a verl logger), then declare its checkpoint complete.
+
+        In this order, because a run goes on after its last complete checkpoint: the metrics of that step must be there.
+        """
+        self._metrics_log.log(data, step)
+        if step == self._saved_step:
+            self._saved_step = 0
+            mark_complete(Path(self.config.trainer.default_local_dir), step)
+            logger.info("checkpoint of step %d saved", step)
 
 
 def _short(metric: str) -> str:

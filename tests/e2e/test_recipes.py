@@ -153,8 +153,17 @@ def test_exploratory_rl_and_evaluation(rewarded: Workplace) -> None:
 
 def test_real_reviews_take_the_same_path(rewarded: Workplace, real_data: Path) -> None:
     """LaMP-3 from real users without dates: prepared, trained on and scored like MiniLaMP; unknown users to PRMU."""
+    few = rewarded.folder / "lamp3_few"
+    few.mkdir()
+    for split, rows in (("train", 24), ("dev", 6)):
+        questions = json.loads((real_data / "lamp3_real" / f"{split}_questions.json").read_text())[:rows]
+        outputs = json.loads((real_data / "lamp3_real" / f"{split}_outputs.json").read_text())
+        chosen = {question["id"] for question in questions}
+        outputs["golds"] = [gold for gold in outputs["golds"] if gold["id"] in chosen]
+        (few / f"{split}_questions.json").write_text(json.dumps(questions))
+        (few / f"{split}_outputs.json").write_text(json.dumps(outputs))
     overrides = [
-        "benchmark=lamp", f"benchmark.dir={real_data / 'lamp3_real'}", "benchmark.tasks=[lamp3]",
+        "benchmark=lamp", f"benchmark.dir={few}", "benchmark.tasks=[lamp3]",
         "benchmark.max_prompt_tokens=400", "benchmark.max_response_tokens=40", "run.name=guided_lamp3",
         "trainer.total_training_steps=1", "trainer.save_freq=1", "trainer.test_freq=-1", "trainer.val_before_train=false",
     ]  # fmt: skip
