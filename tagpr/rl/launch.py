@@ -3,6 +3,7 @@
 Guided and exploratory RL differ in ``objective.mode`` and in the model they start from, nothing else (paper section 3.4).
 """
 
+import json
 import logging
 import os
 import time
@@ -45,9 +46,7 @@ def run(config: DictConfig) -> None:
     check_model_folder(start_model, "actor_rollout_ref.model.path", RECIPES[config.objective.mode])
     run_dir = Path(config.run.dir)
     model = run_dir / "model"
-    rollout = config.actor_rollout_ref.rollout
-    if rollout.max_model_len is None:
-        rollout.max_model_len = config.data.max_prompt_length + config.data.max_response_length
+    fit_context(config)
     steps_file = run_dir / "finished.json"
     if model.is_dir() and steps_file.is_file():
         logger.info(
@@ -110,6 +109,25 @@ def schedule(config: DictConfig, prompts: int) -> tuple[int, int]:
             f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
         )
     return per_epoch, config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs
+
+
+def fit_context(config: DictConfig) -> None:
+    """Give the rollout engine the context that prompt and response need, where none is set.
+
+    Raises:
+        ConfigError: the model's own context is shorter.
+    """
+    rollout, benchmark = config.actor_rollout_ref.rollout, config.benchmark
+    if rollout.max_model_len is None:
+        rollout.max_model_len = config.data.max_prompt_length + config.data.max_response_length
+    description = Path(config.actor_rollout_ref.model.path) / "config.json"
+    context = json.loads(description.read_text("utf-8")).get("max_position_embeddings")
+    if context is not None and rollout.max_model_len > context:
+        raise ConfigError(
+            f"benchmark.max_prompt_tokens={benchmark.max_prompt_tokens}, "
+            f"benchmark.max_response_tokens={benchmark.max_response_tokens}: more than the {context} tokens of context of "
+            f"{config.actor_rollout_ref.model.path}. Lower one of them."
+        )
 
 
 def make_paths_absolute(config: DictConfig) -> None:

@@ -128,6 +128,14 @@ def test_sft_folder_that_is_none(refused: Refused, tmp_path: Path) -> None:
     assert "pictures" in line
 
 
+def test_more_tokens_than_the_model_has_context(refused: Refused, tmp_path: Path) -> None:
+    sft_model = model_folder(tmp_path / "sft")
+    (sft_model / "config.json").write_text(json.dumps({"max_position_embeddings": 4096}))
+    line = refused("guided_rl", launch.run, f"paths.sft={sft_model}", "benchmark.max_response_tokens=4096")
+    assert "benchmark.max_response_tokens=4096" in line
+    assert "4096 tokens of context" in line
+
+
 def test_no_chains_yet(refused: Refused, tmp_path: Path) -> None:
     line = refused("sft", sft.run, f"paths.base={model_folder(tmp_path / 'base')}")
     assert "build_chains.sh" in line
