@@ -164,12 +164,11 @@ def test_exploratory_rl_and_evaluation(rewarded: Workplace, few_reviews: list[st
     if not (rewarded.outputs / "guided_rl" / "model").is_dir():
         pytest.skip("guided RL left no model (its own test says why)")
     steps_2 = ["trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.test_freq=-1"]
-    seen = rewarded.run("exploratory_rl", *steps_2, *few_reviews)
+    rewarded.run("exploratory_rl", *steps_2, *few_reviews)
     steps = metrics_of(run)
     assert sorted(steps) == [1, 2]
     assert "reward/prmu/mean" not in steps[2]
     if few_reviews:
-        assert "24 prompts" in seen
         assert "lamp3/reward/total/mean" in steps[2]
     seen = rewarded.run("evaluate", "evaluate.limit=12")
     assert "exploratory" in seen
