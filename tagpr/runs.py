@@ -136,7 +136,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= resumed_step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
@@ -156,7 +156,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def _complete_lines(path: Path) -> list[str]:
+def complete_lines(path: Path) -> list[str]:
+    """Lines of a file that may still be written to, or whose writer was killed: without a torn last one; [] if absent."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

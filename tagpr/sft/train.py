@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from tagpr.checkpoints import export_model
 from tagpr.console import library_output_to
 from tagpr.errors import StageError
-from tagpr.runs import MetricsLog, check_model_folder, manifest, write_json_atomically, write_text_atomically
+from tagpr.runs import (
+    MetricsLog,
+    check_model_folder,
+    complete_lines,
+    manifest,
+    write_json_atomically,
+    write_text_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +168,7 @@ def metrics_of(run_dir: Path, checkpoints: Path) -> Iterator[None]:
 
 def read_metrics(path: Path) -> list[dict]:
     """Records of a verl metrics file; a torn last line is left out."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in complete_lines(path)]
 
 
 def _last_logged_step(path: Path) -> int:
