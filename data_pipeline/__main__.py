@@ -23,7 +23,8 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.outputs import is_complete, write_outputs
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import ChainSettings, ModelSettings, read_settings
-from tagpr.benchmarks.examples import build_prompt, read_examples
+from tagpr.benchmarks.prompt import build_prompt
+from tagpr.benchmarks.storage import examples_file, read_examples
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError
 from tagpr.runs import file_hash, manifest
@@ -52,7 +53,7 @@ def run(config: DictConfig) -> None:
     tagging_prompt = PromptTemplate.load(
         "chains.prompts.restricted_tagging", settings.prompts.restricted_tagging, tagging.PROMPT_FIELDS
     )
-    source = Path(config.paths.examples) / "train.jsonl"
+    source = examples_file(config.paths.examples, "train")
     if not source.is_file():
         raise StageError(
             f"{source}: no such file. Make it with `bash recipes/prepare_data.sh`, or set paths.examples."

@@ -20,7 +20,7 @@ from data_pipeline.selection import draw_instances, select_chains, shuffled
 from data_pipeline.settings import ChainSettings
 from data_pipeline.tagging import tag_chain
 from data_pipeline.teacher import read_rollout, rollout_unit
-from tagpr.benchmarks.examples import QueryTooLongError
+from tagpr.benchmarks.prompt import QueryTooLongError
 from tagpr.rewards.verifiable import verifiable_reward
 from tagpr.schema import Chain, Example, PreferencePair
 from tagpr.tags import Response

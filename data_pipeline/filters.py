@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tagpr.benchmarks.lamp import get_task, parse_answer
+from tagpr.benchmarks.tasks import get_task, parse_answer
 from tagpr.errors import ConfigError
 from tagpr.metrics import rouge_score
 from tagpr.schema import Chain

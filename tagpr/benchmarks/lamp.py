@@ -9,40 +9,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from tagpr.benchmarks.answers import parse_label
 from tagpr.benchmarks.json_array import read_objects, refuse_html
+from tagpr.benchmarks.task import Fields, Kind, Task
 from tagpr.errors import ConfigError, DataError
 from tagpr.retrieval import date_key
 from tagpr.schema import Example, ProfileItem, Split
 
-Kind = Literal["classification", "rating", "generation"]
-
 # A user id that starts so was derived from the profile (S2), not read from the file.
 DERIVED_USER = "fp-"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: how its rows look and what counts as an answer.
-
-    ``labels`` is the closed list of answers (empty for generation); ``fields`` are the profile fields in the
-    files, ``long_field`` the one of them that is shown in the prompt and may be shortened to fit it.
-    """
-
-    name: str
-    number: int
-    kind: Kind
-    labels: tuple[str, ...]
-    fields: tuple[str, ...]
-    long_field: str
-
-    @property
-    def official_name(self) -> str:
-        """Name in the outputs file and of the folder, ``LaMP_3``."""
-        return f"LaMP_{self.number}"
 
 
 MOVIE_TAGS = (
@@ -63,52 +42,31 @@ MOVIE_TAGS = (
     "true story",
 )
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("lamp1", 1, "classification", ("[1]", "[2]"), ("title", "abstract"), "title"),
-        Task("lamp2", 2, "classification", MOVIE_TAGS, ("description", "tag"), "description"),
-        Task("lamp3", 3, "rating", ("1", "2", "3", "4", "5"), ("text", "score"), "text"),
-        Task("lamp4", 4, "generation", (), ("text", "title"), "text"),
-        Task("lamp5", 5, "generation", (), ("title", "abstract"), "abstract"),
-        Task("lamp7", 7, "generation", (), ("text",), "text"),
-    )
-}
 
+def _render(number: int) -> Callable[[str, Sequence[Fields]], str]:
+    """The official prompt of task ``number``.
 
-def get_task(name: str) -> Task:
-    """Look a task up by name.
-
-    Raises:
-        ConfigError: no such task; the message lists the known ones.
+    The official code puts the items of LaMP-1 after the *first* "title" of the input, and leaves an input without that word
+    alone.
     """
-    if name not in TASKS:
-        raise ConfigError(f"task={name}: no such task. Known: {', '.join(TASKS)}.")
-    return TASKS[name]
+
+    def render(query: str, items: Sequence[Fields]) -> str:
+        if not items:
+            return query
+        shown = ", and ".join(_ITEM[number](item) for item in items)
+        if number == 1:
+            before, title, after = query.partition("title")
+            return f"{before}{title}, and {shown}{after}" if title else query
+        if number == 5:
+            return f"{shown}. Following the given patterns {query}"
+        if number == 7:
+            return f"{shown} are written by a person. Following the given patterns {query}"
+        return f"{shown}. {query}"
+
+    return render
 
 
-def render_prompt(task: str, query: str, items: Sequence[ProfileItem]) -> str:
-    """Return the official prompt of one row: profile items (newest first) and the input.
-
-    The official code puts the items of LaMP-1 after the *first* "title" of the input, and leaves an input
-    without that word alone. Nothing is escaped here: ``query`` and ``items`` come neutralised
-    (``examples.build_prompt``).
-    """
-    number = get_task(task).number
-    if not items:
-        return query
-    shown = ", and ".join(_ITEM[number](item.fields) for item in items)
-    if number == 1:
-        before, title, after = query.partition("title")
-        return f"{before}{title}, and {shown}{after}" if title else query
-    if number == 5:
-        return f"{shown}. Following the given patterns {query}"
-    if number == 7:
-        return f"{shown} are written by a person. Following the given patterns {query}"
-    return f"{shown}. {query}"
-
-
-_ITEM: dict[int, Callable[[dict[str, str]], str]] = {
+_ITEM: dict[int, Callable[[Fields], str]] = {
     1: lambda item: f'"{item["title"]}"',
     2: lambda item: f'the tag for the movie: "{item["description"]}" is "{item["tag"]}" ',
     3: lambda item: f'{item["score"]} is the score for "{item["text"]}" ',
@@ -118,49 +76,84 @@ _ITEM: dict[int, Callable[[dict[str, str]], str]] = {
 }
 
 
-_DECORATION = " \t\r\n\"'`*_.,;:!()[]{}“”‘’"
-_NEGATION = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|without|rather than|instead of)\b|n['’]t\b", re.I
-)
-_SCALE = re.compile(
-    r"\b1\s?(?:to|and|-|–)\s?5\b|(?:\bout\sof|/)\s?5\b",
-    re.I,
-)
-_NUMBER = re.compile(r"(?<![\w.,/-])[0-9]+(?:\.[0-9]+)?(?![\w/%-]|[.,][0-9])")
+# What the official code's retrievers search with (after the marker) and in.
+_AFTER: dict[int, str] = {2: "description:", 3: "review:", 4: "article:", 5: "paper:", 7: ":"}
+_SEARCHED: dict[int, tuple[str, ...]] = {
+    1: ("title", "abstract"),
+    2: ("description",),
+    3: ("text",),
+    4: ("title", "text"),
+    5: ("title", "abstract"),
+    7: ("text",),
+}
+_REFERENCES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"', re.DOTALL)
 
 
-def parse_answer(task: str, answer: str) -> str:
-    """Return the answer that a model's text gives, or the stripped text where it gives none or several.
+def _query_text(number: int) -> Callable[[str], str]:
+    def query_text(query: str) -> str:
+        if number == 1:
+            references = _REFERENCES.search(query)
+            return " ".join(references.groups()) if references else query
+        _, marker, text = query.partition(_AFTER[number])
+        return text.strip() if marker else query
 
-    Generation: white space is stripped, nothing else, as the official metric does. Classification and rating:
-    the label in its official spelling if the text is one (``**Comedy**``) or names exactly one as whole words
-    (``The answer is [2].``, ``Tag: comedy``, ``4 out of 5``). Text that names several, or negates (``not
-    comedy``), is ambiguous and comes back as it is: it then scores as a wrong answer, never as a lucky guess.
-    The official code only strips; ``answer.strip()`` is that stricter reading.
+    return query_text
+
+
+def _item_text(number: int) -> Callable[[Fields], str]:
+    return lambda item: " ".join(item[field] for field in _SEARCHED[number])
+
+
+def _task(
+    number: int,
+    kind: Kind,
+    labels: tuple[str, ...],
+    fields: tuple[str, ...],
+    long_field: str,
+    metrics: tuple[str, ...],
+) -> Task:
+    return Task(
+        name=f"lamp{number}",
+        title=f"LaMP-{number}",
+        benchmark="lamp",
+        kind=kind,
+        labels=labels,
+        fields=fields,
+        long_field=long_field,
+        metrics=metrics,
+        render=_render(number),
+        parse=str.strip if kind == "generation" else partial(parse_label, labels=labels, kind=kind),
+        query_text=_query_text(number),
+        item_text=_item_text(number),
+    )
+
+
+_CHOICE = ("accuracy", "f1_macro")
+_RATING = ("mae", "mse", "rmse")
+_TEXT = ("rouge1", "rougeL")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _task(1, "classification", ("[1]", "[2]"), ("title", "abstract"), "title", (*_CHOICE, "f1_positive")),
+        _task(2, "classification", MOVIE_TAGS, ("description", "tag"), "description", _CHOICE),
+        _task(3, "rating", ("1", "2", "3", "4", "5"), ("text", "score"), "text", _RATING),
+        _task(4, "generation", (), ("text", "title"), "text", _TEXT),
+        _task(5, "generation", (), ("title", "abstract"), "abstract", _TEXT),
+        _task(7, "generation", (), ("text",), "text", _TEXT),
+    )
+}
+
+
+def official_name(task: str) -> str:
+    """Name in the outputs file and of the folder, ``LaMP_3``.
+
+    Raises:
+        ConfigError: no task of LaMP.
     """
-    spec = get_task(task)
-    text = answer.strip()
-    if not spec.labels or text in spec.labels:
-        return text
-    bare = text.strip(_DECORATION).casefold()
-    for label in spec.labels:
-        if bare == label.strip("[]"):
-            return label
-    if _NEGATION.search(text):
-        return text
-    named = _named_ratings(text) if spec.kind == "rating" else _named_labels(spec.labels, text)
-    return named.pop() if len(named) == 1 and named <= set(spec.labels) else text
-
-
-def _named_ratings(text: str) -> set[str]:
-    """Return the numbers in ``text`` other than the scale's; ``4.0`` counts as ``4``, ``4.5`` stays."""
-    return {re.sub(r"\.0+$", "", number) for number in _NUMBER.findall(_SCALE.sub(" ", text))}
-
-
-def _named_labels(labels: tuple[str, ...], text: str) -> set[str]:
-    # No label begins another, and the search goes from left to right: "dark comedy" is not also "comedy".
-    pattern = "|".join(map(re.escape, labels))
-    return {found.casefold() for found in re.findall(rf"(?<![\w-])(?:{pattern})(?![\w-])", text, re.I)}
+    if task not in TASKS:
+        raise ConfigError(f"task={task}: no task of LaMP. Known: {', '.join(TASKS)}.")
+    return TASKS[task].title.replace("-", "_")
 
 
 def split_files(directory: Path, task: str, split: Split) -> tuple[Path, Path]:
@@ -173,10 +166,10 @@ def split_files(directory: Path, task: str, split: Split) -> tuple[Path, Path]:
         DataError: one of the two files is nowhere; the message says where it was looked for.
         ConfigError: unknown task.
     """
-    spec = get_task(task)
-    folder = directory / spec.official_name
+    name = official_name(task)
+    folder = directory / name
     places = [folder / split, folder, directory]
-    if spec.number == 2:
+    if name == "LaMP_2":
         places.insert(1, folder / "new" / split)
     questions, outputs = f"{split}_questions.json", f"{split}_outputs.json"
     for place in places:
@@ -210,8 +203,8 @@ def iterate_split(directory: Path, task: str, split: Split) -> Iterator[Example]
         DataError: missing, unreadable or inconsistent files; the message names the file and the row.
         ConfigError: unknown task.
     """
-    spec = get_task(task)
     questions, outputs = split_files(Path(directory), task, split)
+    spec = TASKS[task]
     golds = _read_golds(outputs, spec)
     seen: set[str] = set()
     for position, row in enumerate(read_objects(questions), start=1):
@@ -249,9 +242,9 @@ def _read_golds(path: Path, spec: Task) -> dict[str, str]:
         raise DataError(
             f'{path}: is not {{"task": ..., "golds": [...]}}. Put LaMP\'s own outputs file there.'
         )
-    if content.get("task") != spec.official_name:
+    if content.get("task") != official_name(spec.name):
         raise DataError(
-            f"{path}: its task is {content.get('task')!r}, not {spec.official_name!r}. "
+            f"{path}: its task is {content.get('task')!r}, not {official_name(spec.name)!r}. "
             "Put the file of the right task there."
         )
     golds: dict[str, str] = {}
@@ -310,7 +303,7 @@ def _item(item: object, where: str, spec: Task) -> ProfileItem:
         if not _is_scalar(item.get(field)):
             raise DataError(
                 f"{where}: profile item {item['id']!r} has no {field!r}. "
-                f"Items of {spec.official_name} have {', '.join(spec.fields)}."
+                f"Items of {official_name(spec.name)} have {', '.join(spec.fields)}."
             )
     date = item.get("date")
     if date is not None:

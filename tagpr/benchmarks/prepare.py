@@ -16,9 +16,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 from pydantic import ValidationError
 
-from tagpr.benchmarks.examples import write_examples
-from tagpr.benchmarks.lamp import DERIVED_USER, get_task, iterate_split, split_files
+from tagpr.benchmarks.lamp import DERIVED_USER, iterate_split, official_name, split_files
 from tagpr.benchmarks.minilamp import generate
+from tagpr.benchmarks.storage import examples_file, write_examples
+from tagpr.benchmarks.tasks import get_task
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.runs import file_hash, manifest, write_json_atomically, write_text_atomically
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 SPLITS: tuple[Split, ...] = ("train", "dev")
 
 # Raised when the same input files would give other Examples: outputs of an older version are then made again.
-FORMAT = 1
+FORMAT = 2
 
 LAMP_ADDRESS = "https://ciir.cs.umass.edu/downloads/LaMP/time"
 
@@ -123,7 +124,7 @@ def _inputs(directory: Path, tasks: list[str], name: str) -> dict[str, Path]:
     """Return every input file by its path below ``directory``, or say all that is missing at once."""
     missing = _missing(directory, tasks)
     if missing and name == "lamp":
-        folders = ", ".join(f"{get_task(task).official_name}/{split}" for task, split in missing)
+        folders = ", ".join(f"{official_name(task)}/{split}" for task, split in missing)
         raise DataError(
             f"{directory}: lacks {folders} (each with <split>_questions.json and <split>_outputs.json). Put "
             f"LaMP's time-based split there (from {LAMP_ADDRESS}/LaMP_<n>/<split>/, that of LaMP_2 from "
@@ -142,7 +143,7 @@ def _up_to_date(target: Path, inputs: dict[str, Path], settings: dict[str, Any])
         made = Manifest.model_validate_json((target / "manifest.json").read_bytes())
     except (FileNotFoundError, ValidationError):
         return False
-    outputs = {f"{split}.jsonl": target / f"{split}.jsonl" for split in SPLITS}
+    outputs = {f"{split}.parquet": examples_file(target, split) for split in SPLITS}
     return (
         made.notes.get("settings") == settings
         and all(path.is_file() for path in outputs.values())
@@ -161,10 +162,10 @@ def _prepare(
     try:
         for split in SPLITS:
             examples = _read(source, settings["tasks"], split, settings["users_across_tasks"])
-            write_examples(staging / f"{split}.jsonl", counts.watch(examples))
+            write_examples(examples_file(staging, split), counts.watch(examples))
         (target / "manifest.json").unlink(missing_ok=True)
         for split in SPLITS:
-            (staging / f"{split}.jsonl").replace(target / f"{split}.jsonl")
+            examples_file(staging, split).replace(examples_file(target, split))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     made = manifest(
@@ -173,13 +174,13 @@ def _prepare(
         config.run.seed,
         synthetic=config.benchmark.synthetic,
         settings=settings,
-        outputs={f"{split}.jsonl": file_hash(target / f"{split}.jsonl") for split in SPLITS},
+        outputs={f"{split}.parquet": file_hash(examples_file(target, split)) for split in SPLITS},
         **counts.notes(),
     )
     write_json_atomically(target / "manifest.json", made.model_dump())
     for line in counts.table():
         logger.info("%s", line)
-    logger.info("wrote train.jsonl, dev.jsonl and manifest.json to %s", target)
+    logger.info("wrote train.parquet, dev.parquet and manifest.json to %s", target)
 
 
 def _read(source: Path, tasks: list[str], split: Split, users_across_tasks: bool) -> Iterator[Example]:

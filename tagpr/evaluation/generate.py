@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, Protocol
 
-from tagpr.benchmarks.examples import QueryTooLongError, build_prompt
+from tagpr.benchmarks.prompt import QueryTooLongError, build_prompt
 from tagpr.errors import ConfigError, StageError
 from tagpr.evaluation.rows import Generation, Key, Row, RowFile
 from tagpr.rewards.repetition import repetition_reward

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tagpr.benchmarks.lamp import get_task, parse_answer
+from tagpr.benchmarks.tasks import get_task, parse_answer
 from tagpr.errors import ConfigError
 from tagpr.evaluation.rows import Generation, Key, Row
 from tagpr.metrics import lamp_metrics, paired_bootstrap, rouge

@@ -1,6 +1,5 @@
 """Stage ``evaluate``: answer, score, ask PRMU, compare, and write it down."""
 
-import json
 import logging
 import math
 import re
@@ -15,7 +14,8 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from tagpr.benchmarks.examples import QueryTooLongError, read_examples
+from tagpr.benchmarks.prompt import QueryTooLongError
+from tagpr.benchmarks.storage import examples_file, read_examples, read_users
 from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.evaluation import report
@@ -86,7 +86,7 @@ def run(config: DictConfig) -> None:
     weights = _reward_weights(config)
     if weights is not None and weights.gamma != 0:
         check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
-    data = Path(config.paths.examples) / f"{settings.split}.jsonl"
+    data = examples_file(config.paths.examples, settings.split)
     if not data.is_file():
         raise StageError(f"{data}: no such file. Run `bash recipes/prepare_data.sh`.")
     examples = [example for example in read_examples(data) if example.task in set(config.benchmark.tasks)]
@@ -95,7 +95,7 @@ def run(config: DictConfig) -> None:
         raise DataError(
             f"{data}: holds no row of benchmark.tasks={list(config.benchmark.tasks)}. Name others."
         )
-    seen = seen_users(Path(config.paths.examples) / "train.jsonl")
+    seen = seen_users(examples_file(config.paths.examples, "train"))
     prompts = PromptSettings(
         profile_size=config.benchmark.profile_size,
         retriever=config.benchmark.retriever,
@@ -196,21 +196,12 @@ def seen_users(train: Path) -> frozenset[str] | None:
     """Users with rows in the training split; None where there is none.
 
     Raises:
-        DataError: a line has no user.
+        DataError: the split is damaged.
     """
     if not train.is_file():
         logger.warning("%s: missing, so nobody knows which users were seen in training", train)
         return None
-    users = set()
-    with train.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                users.add(str(json.loads(line)["user_id"]))
-            except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"{train}:{number}: is no example. Run `bash recipes/prepare_data.sh` again."
-                ) from None
-    return frozenset(users)
+    return read_users(train)
 
 
 def answer_with(

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tagpr.benchmarks.lamp import get_task
+from tagpr.benchmarks.tasks import get_task
 from tagpr.evaluation.score import Decoding, Difference, ModelSummary, Summary
 from tagpr.metrics import possible_rating_errors
 from tagpr.tags import TAGS
@@ -211,7 +211,7 @@ def _lamp(summary: Summary, decoding: Decoding) -> Table:
         by_model = {label: model.lamp[task] for label, model in decoding.models.items() if task in model.lamp}
         if not by_model:
             continue
-        name = f"LaMP-{get_task(task).number}"
+        name = get_task(task).title
         count = int(next(iter(by_model.values()))["rows"])
         for metric, shown in METRIC_NAMES.items():
             if metric in next(iter(by_model.values())):
@@ -322,7 +322,7 @@ def _paper(summary: Summary) -> Table:
                 if not possible_rating_errors(mae, rmse, tolerance=2e-3):
                     cells[place] = Cell(f"{rmse:.3f} (?)")
                     doubtful.append(PAPER_METHODS[place])
-        rows.append((Cell(f"LaMP-{get_task(task).number} {METRIC_NAMES[metric]}"), *cells))
+        rows.append((Cell(f"{get_task(task).title} {METRIC_NAMES[metric]}"), *cells))
     note = (
         "As published in Table 1 of the paper: Qwen3-8B, 8 profile items, all of LaMP's validation rows. "
         "Not measured here."

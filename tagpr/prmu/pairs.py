@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tagpr.benchmarks.lamp import TASKS
+from tagpr.benchmarks.tasks import all_tasks
 from tagpr.errors import DataError, StageError
 from tagpr.schema import PreferencePair
 
@@ -112,8 +112,9 @@ def accuracy_by_group(
     Groups: ``all``, the kind (``prp``), the kind of task (``generation``), both (``prp/generation``).
     """
     hits: dict[str, list[bool]] = defaultdict(list)
+    tasks = all_tasks()
     for pair, margin in zip(pairs, margins, strict=True):
-        task = TASKS[pair.task].kind if pair.task in TASKS else pair.task
+        task = tasks[pair.task].kind if pair.task in tasks else pair.task
         for group in ("all", pair.kind, task, f"{pair.kind}/{task}"):
             hits[group].append(margin > 0)
     return {group: (sum(right) / len(right), len(right)) for group, right in sorted(hits.items())}

@@ -1,6 +1,6 @@
 """R_v: is the answer the one this user would give? (eq. 6, S23)."""
 
-from tagpr.benchmarks.lamp import get_task, parse_answer
+from tagpr.benchmarks.tasks import get_task, parse_answer
 from tagpr.errors import DataError
 from tagpr.metrics import RougeKind, task_score
 from tagpr.tags import Response

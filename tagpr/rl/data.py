@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagpr.benchmarks.examples import QueryTooLongError, build_prompt, read_examples
+from tagpr.benchmarks.prompt import QueryTooLongError, build_prompt
+from tagpr.benchmarks.storage import examples_file, read_examples
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Example
 
@@ -107,7 +108,7 @@ def examples_of(folder: str, split: str) -> list[Example]:
     Raises:
         StageError: the data has not been prepared.
     """
-    path = Path(folder) / f"{split}.jsonl"
+    path = examples_file(folder, split)
     if not path.is_file():
         raise StageError(f"paths.examples={folder}: has no {path.name}. Run `bash recipes/prepare_data.sh`.")
     return read_examples(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tagpr.benchmarks.examples import QueryTooLongError
+from tagpr.benchmarks.prompt import QueryTooLongError
 from tagpr.errors import StageError
 from tagpr.evaluation.generate import Completion, PromptRenderer, RenderedPrompt, Request, answer
 from tagpr.evaluation.rows import RowFile

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_evaluation_prmu_scores import StubServer, logit
 
-from tagpr.benchmarks.examples import write_examples
+from tagpr.benchmarks.storage import write_examples
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, RewardServerError, StageError, TagPRError
 from tagpr.evaluation import prmu_scores, stage
@@ -73,7 +73,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubServer) -
     FakeEngine.started.clear()
     for split, users in (("train", 2), ("dev", 4)):
         write_examples(
-            tmp_path / "data" / "minilamp" / f"{split}.jsonl",
+            tmp_path / "data" / "minilamp" / f"{split}.parquet",
             [
                 Example(
                     id=f"{task}:{split}:{n}", task=task, split=split, user_id=str(n % users), query="q",  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ def test_a_model_of_ones_own(outputs: Path) -> None:
         (["evaluate.seeds=[1,1]"], ConfigError, "a seed twice"),
         (["evaluate.seeds=[1]", "evaluate.temperature=0"], ConfigError, "evaluate.temperature=0"),
         (["evaluate.when_changed=never"], ConfigError, "evaluate.when_changed=never"),
-        (["evaluate.split=test"], StageError, "test.jsonl: no such file. Run `bash recipes/prepare_data.sh`"),
+        (["evaluate.split=test"], StageError, "test.parquet: no such file. Run `bash recipes/prepare_data.sh`"),
         (["benchmark.tasks=[lamp7]"], DataError, "holds no row of benchmark.tasks"),
         (["+evaluate.models.mine=/nowhere/at/all"], StageError, "evaluate.models.mine=/nowhere/at/all"),
         (["evaluate.modles=1"], ConfigError, "evaluate.modles"),
@@ -306,11 +306,11 @@ def test_mistakes_are_one_line_before_anything_starts(
 def test_without_a_training_split_nobody_is_called_unseen(
     outputs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (outputs / "data" / "minilamp" / "train.jsonl").unlink()
+    (outputs / "data" / "minilamp" / "train.parquet").unlink()
     with caplog.at_level(logging.WARNING):
         summary = evaluate(outputs, "evaluate.only=[sft]")
     assert list(summary["decodings"][0]["models"]["sft"]["groups"]) == ["unknown"]
-    assert "train.jsonl: missing" in caplog.text
+    assert "train.parquet: missing" in caplog.text
 
 
 @pytest.mark.parametrize("setting", ["minilamp", "paper"])

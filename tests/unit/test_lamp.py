@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagpr.benchmarks.lamp import MOVIE_TAGS, TASKS, parse_answer, read_split, render_prompt
+from tagpr.benchmarks.lamp import MOVIE_TAGS, TASKS, read_split
+from tagpr.benchmarks.tasks import parse_answer, render_prompt
 from tagpr.errors import ConfigError, DataError
 from tagpr.retrieval import select
 from tagpr.schema import ProfileItem

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagpr.benchmarks.lamp import parse_answer, read_split, render_prompt
+from tagpr.benchmarks.lamp import read_split
 from tagpr.benchmarks.minilamp.generate import NEWEST, PROFILE_ITEMS, draw, write
 from tagpr.benchmarks.minilamp.reader import (
     NO_FAULTS,
@@ -23,6 +23,7 @@ from tagpr.benchmarks.minilamp.reader import (
     untagged,
 )
 from tagpr.benchmarks.minilamp.world import STYLES, TASK_NAMES, make_user, population, visible
+from tagpr.benchmarks.tasks import parse_answer, render_prompt
 from tagpr.errors import ConfigError, DataError
 from tagpr.retrieval import select
 from tagpr.schema import Example, ProfileItem

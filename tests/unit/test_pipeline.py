@@ -19,9 +19,9 @@ from data_pipeline import simulated
 from data_pipeline.__main__ import run
 from data_pipeline.outputs import FILES
 from data_pipeline.settings import read_settings
-from tagpr.benchmarks.examples import read_examples, write_examples
 from tagpr.benchmarks.lamp import read_split
 from tagpr.benchmarks.minilamp.generate import write
+from tagpr.benchmarks.storage import read_examples, write_examples
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Chain, PreferencePair
@@ -45,7 +45,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dev_rows_per_task=2,
     )
     rows = [row for task in TASKS for row in read_split(folder / "raw", task, "train")]
-    assert write_examples(folder / "train.jsonl", rows) == 24
+    assert write_examples(folder / "train.parquet", rows) == 24
     return folder
 
 
@@ -128,7 +128,7 @@ def test_pairs_are_tagged_on_both_sides_under_the_prompt_with_profile(
     finished: tuple[Path, str], examples: Path
 ) -> None:
     folder, _ = finished
-    golds = {example.id: example for example in read_examples(examples / "train.jsonl")}
+    golds = {example.id: example for example in read_examples(examples / "train.parquet")}
     prompts = {
         chain.prompt
         for chain in map(Chain.model_validate_json, (folder / "chains.jsonl").read_text().splitlines())
@@ -254,11 +254,11 @@ def test_a_key_of_a_real_endpoint_is_nowhere(
 def test_missing_and_broken_examples_are_one_clear_line(examples: Path, tmp_path: Path) -> None:
     config = resolve(compose("build_chains", overrides(tmp_path / "none", tmp_path)))
     with pytest.raises(
-        StageError, match=r"train.jsonl: no such file. Make it with `bash recipes/prepare_data.sh`"
+        StageError, match=r"train.parquet: no such file. Make it with `bash recipes/prepare_data.sh`"
     ):
         run(config)
-    (tmp_path / "train.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(DataError, match=r"train.jsonl:1: "):
+    (tmp_path / "train.parquet").write_text('{"id": 1}\n')
+    with pytest.raises(DataError, match=r"train.parquet: "):
         run(resolve(compose("build_chains", overrides(tmp_path, tmp_path / "out"))))
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tagpr.benchmarks import prepare
-from tagpr.benchmarks.examples import read_examples
 from tagpr.benchmarks.prepare import run
+from tagpr.benchmarks.storage import read_examples
 from tagpr.configuration import compose, main, resolve
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Manifest
@@ -48,7 +48,7 @@ def test_minilamp_is_made_read_and_labelled(tmp_path: Path, caplog: pytest.LogCa
         prepared(tmp_path)
     assert "SYNTHETIC" in caplog.text
     for split in ("train", "dev"):
-        rows = read_examples(tmp_path / "data" / "minilamp" / f"{split}.jsonl")
+        rows = read_examples(tmp_path / "data" / "minilamp" / f"{split}.parquet")
         assert [row.task for row in rows[::8]] == ["lamp1", "lamp2", "lamp3", "lamp4", "lamp5", "lamp7"]
         assert len(rows) == 48
         assert {row.split for row in rows} == {split}
@@ -76,10 +76,10 @@ def test_a_second_run_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_what_changed_is_made_again(tmp_path: Path, damage: str) -> None:
     prepared(tmp_path)
     data, raw = tmp_path / "data" / "minilamp", tmp_path / "raw" / "minilamp"
-    first = (data / "train.jsonl").read_bytes()
+    first = (data / "train.parquet").read_bytes()
     overrides = []
     if damage == "output":
-        (data / "train.jsonl").write_bytes(first[:-20])
+        (data / "train.parquet").write_bytes(first[:-20])
     elif damage == "manifest":
         (data / "manifest.json").write_text("{")
     elif damage == "input":
@@ -96,7 +96,7 @@ def test_what_changed_is_made_again(tmp_path: Path, damage: str) -> None:
     if damage != "half":
         assert (data / "manifest.json").stat().st_mtime_ns != stamp
     assert (raw / "LaMP_7" / "dev" / "dev_outputs.json").is_file()
-    changed = (data / "train.jsonl").read_bytes() != first
+    changed = (data / "train.parquet").read_bytes() != first
     assert changed == (damage in ("setting", "sizes"))
 
 
@@ -125,7 +125,7 @@ def test_overlap_derived_users_and_missing_dates_are_in_the_manifest(
     assert notes["tasks_without_dates_use_file_order"] == ["lamp3"]
     assert notes["synthetic"] is False
     assert "no, file order; 1 user ids derived" in caplog.text
-    users = {row.user_id for row in read_examples(tmp_path / "data" / "lamp" / "dev.jsonl")}
+    users = {row.user_id for row in read_examples(tmp_path / "data" / "lamp" / "dev.parquet")}
     assert users == {"lamp3:b", "lamp3:c"}
 
 

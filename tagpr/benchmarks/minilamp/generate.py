@@ -8,8 +8,8 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from tagpr.benchmarks.lamp import render_prompt
 from tagpr.benchmarks.minilamp.world import OFF_TRAIT, TASK_NAMES, User, history, population, question
+from tagpr.benchmarks.tasks import render_prompt
 from tagpr.errors import ConfigError
 from tagpr.runs import write_text_atomically
 from tagpr.schema import ProfileItem

@@ -1,21 +1,13 @@
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagpr.benchmarks.examples import (
-    MIN_WORDS,
-    QueryTooLongError,
-    build_prompt,
-    read_examples,
-    write_examples,
-)
-from tagpr.benchmarks.lamp import TASKS, render_prompt
-from tagpr.errors import ConfigError, DataError
+from tagpr.benchmarks.lamp import TASKS
+from tagpr.benchmarks.prompt import MIN_WORDS, QueryTooLongError, build_prompt
+from tagpr.benchmarks.tasks import render_prompt
+from tagpr.errors import ConfigError
 from tagpr.schema import Example, ProfileItem
 from tagpr.tags import neutralise, strip_tags
 
@@ -62,75 +54,6 @@ class Counter:
 
 
 # ---- files
-
-
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-ITEMS = st.builds(
-    ProfileItem, id=TEXTS, fields=st.dictionaries(TEXTS, TEXTS, max_size=2), date=st.none() | st.just("2016")
-)
-EXAMPLES = st.builds(
-    Example,
-    id=TEXTS,
-    task=TEXTS,
-    split=st.sampled_from(["train", "dev", "test"]),
-    user_id=TEXTS,
-    query=TEXTS,
-    profile=st.lists(ITEMS, max_size=3).map(tuple),
-    gold=TEXTS,
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(EXAMPLES, max_size=4, unique_by=lambda one: one.id))
-def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Example]) -> None:
-    path = tmp_path_factory.mktemp("examples") / "new" / "train.jsonl"
-    assert write_examples(path, rows) == len(rows)
-    assert read_examples(path) == rows
-    assert [entry.name for entry in path.parent.iterdir()] == ["train.jsonl"]
-
-
-def test_a_failing_source_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    write_examples(path, [example()])
-
-    def failing() -> Iterator[Example]:
-        yield example(id="y")
-        raise DataError("row 2: bad. Mend it.")
-
-    with pytest.raises(DataError, match="row 2"):
-        write_examples(path, failing())
-    assert [row.id for row in read_examples(path)] == ["x"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["train.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", "Invalid JSON"),
-        ('"text"', "object"),
-        (json.dumps(json.loads(example().model_dump_json()) | {"golden": "1"}), "golden: Extra inputs"),
-        (json.dumps(json.loads(example().model_dump_json()) | {"split": "validation"}), "split: "),
-        (json.dumps({"id": "y"}), "task: Field required"),
-        (example().model_dump_json(), "id 'x' is that of line 1 too"),
-        ("\xff", "Invalid JSON"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str, problem: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(f"{example().model_dump_json()}\n\n{line}\n".encode("latin-1"))
-    with pytest.raises(DataError) as caught:
-        read_examples(path)
-    assert str(caught.value).startswith(f"{path}:3: ")
-    assert problem in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_names_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dev.jsonl: .*prepare_data.sh"):
-        read_examples(tmp_path / "dev.jsonl")
-
-
-# ---- prompts
 
 
 @pytest.mark.parametrize("task", TASKS)

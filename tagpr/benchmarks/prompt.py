@@ -1,14 +1,10 @@
-"""Examples on disk (one JSON object a line) and the prompt of an Example within a token budget."""
+"""The prompt of an Example within a token budget."""
 
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from pydantic import ValidationError
-
-from tagpr.benchmarks.lamp import get_task, render_prompt
+from tagpr.benchmarks.tasks import get_task, render_prompt
 from tagpr.errors import DataError
 from tagpr.retrieval import select
 from tagpr.schema import Example, ProfileItem
@@ -37,65 +33,6 @@ class Prompt:
     items_shortened: int
     items_dropped: int = 0
     tokens: int | None = None
-
-
-def read_examples(path: Path) -> list[Example]:
-    """Read a JSONL file of Examples into memory, see :func:`iterate_examples`."""
-    return list(iterate_examples(path))
-
-
-def iterate_examples(path: Path) -> Iterator[Example]:
-    """Yield the Examples of a JSONL file in order; blank lines are skipped.
-
-    Raises:
-        DataError: the file is absent, a line is no Example, or two lines have one id; the message names the
-            file and the line.
-    """
-    first_line: dict[str, int] = {}
-    try:
-        with Path(path).open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    example = Example.model_validate_json(line)
-                except ValidationError as error:
-                    problem = error.errors()[0]
-                    place = ".".join(map(str, problem["loc"]))
-                    what = f"{place}: {problem['msg']}" if place else problem["msg"]
-                    raise DataError(f"{path}:{number}: {what}. Mend the line.") from None
-                if example.id in first_line:
-                    raise DataError(
-                        f"{path}:{number}: id {example.id!r} is that of line {first_line[example.id]} too. "
-                        "Give each row its own id."
-                    )
-                first_line[example.id] = number
-                yield example
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Make it with `bash recipes/prepare_data.sh`."
-        ) from error
-
-
-def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """Write Examples as JSONL and return their number; a reader sees the old file or the whole new one.
-
-    The rows are consumed one by one. If one raises, the target is left as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            for example in examples:
-                stream.write(example.model_dump_json())
-                stream.write("\n")
-                count += 1
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
 
 
 def build_prompt(
