@@ -1,0 +1,1 @@
+"""Asking language models over HTTP: typed attempts, retries, adaptive concurrency, budgets, structured outputs."""
