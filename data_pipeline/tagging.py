@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from data_pipeline.endpoint import Endpoint, Unit
 from data_pipeline.prompts import PromptTemplate
 from tagpr.schema import Chain
-from tagpr.tags import DEFINITIONS, TAGS, check_tags, parse_segments, strip_tags
+from tagpr.tags import check_tags, parse_segments, strip_tags, vocabulary
 
 PROMPT_FIELDS = frozenset({"definitions", "question", "chain_of_thought"})
 
@@ -40,8 +40,8 @@ def _letters(text: str) -> str:
 
 
 def definitions_text() -> str:
-    """The nine tags with their meaning, one a line, as the prompt lists them (S11)."""
-    return "\n".join(f"- {tag}: {DEFINITIONS[tag]}" for tag in TAGS)
+    """The tags in use with their meaning, one a line, as the prompt lists them (S11, S41)."""
+    return "\n".join(f"- {tag}: {definition}" for tag, definition in vocabulary().items())
 
 
 async def tag_chain(

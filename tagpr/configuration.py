@@ -6,8 +6,10 @@ changes its working directory or its logging behind the user's back.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import hydra.errors
@@ -17,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tagpr.errors import ConfigError, TagPRError
+from tagpr.vocabulary import VARIABLE as TAGS_VARIABLE
+from tagpr.vocabulary import vocabulary
 
 logger = logging.getLogger("tagpr")
 
@@ -26,6 +30,9 @@ DEAD_KEYS = {
     "reward_model": "reward.reward_model",
     "sandbox_fusion": "reward.sandbox_fusion",
 }
+
+# Files that code far from any configuration reads, in child processes and Ray workers too: key -> environment variable.
+EXPORTED = {"tags.vocabulary": TAGS_VARIABLE, "benchmark.own_tasks": "TAGPR_TASKS"}
 
 
 def compose(stage: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -68,6 +75,29 @@ def resolve(config: DictConfig) -> DictConfig:
     return config
 
 
+def export(config: DictConfig) -> None:
+    """Put the paths of EXPORTED into this process's environment, absolute; take out what the configuration has as null.
+
+    Raises:
+        ConfigError: a file is not there, or holds no vocabulary that can be used.
+    """
+    for key, variable in EXPORTED.items():
+        value = OmegaConf.select(config, key)
+        if not value:
+            os.environ.pop(variable, None)
+            continue
+        path = Path(value).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"{key}={value}: no such file. Point it to a YAML file, or set null.")
+        os.environ[variable] = str(path)
+    vocabulary()
+
+
+def exported() -> dict[str, str]:
+    """What :func:`export` has set, for workers that do not inherit this process's environment."""
+    return {name: os.environ[name] for name in EXPORTED.values() if name in os.environ}
+
+
 def _one_line(stage: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Could not override" in lines[0]:
@@ -96,7 +126,8 @@ def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | No
         if only_print:
             sys.stdout.write(OmegaConf.to_yaml(config))
         else:
-            run(resolve(config))
+            export(resolve(config))
+            run(config)
     except TagPRError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)

@@ -106,7 +106,7 @@ def wanted(stage: str, config: DictConfig) -> list[str]:
 
 def passed_on(overrides: Sequence[str], stage: str) -> list[str]:
     """Overrides that mean the same for a prerequisite: where things are, the setting, the seed; for data, the benchmark."""
-    shared = ["run.outputs", "run.seed", "setting", "paths."]
+    shared = ["run.outputs", "run.seed", "setting", "paths.", "tags."]
     if stage == "prepare_data":
         shared.append("benchmark")
     return [override for override in overrides if override.lstrip("+~").startswith(tuple(shared))]

@@ -5,41 +5,26 @@ the brackets, so that ``3 < 4``, ``<3`` and ``<br/>`` are plain text. A *segment
 </name>``. Reasoning is a sequence of segments; between them only white space may stand. A *response* is
 ``<think>`` reasoning ``</think>`` answer.
 
+Where a function takes a ``vocabulary`` and gets none, it goes by the one in use (:mod:`tagpr.vocabulary`).
 Every function runs in time linear in the text: a back-reference regex such as ``<(\\w+)>.*?</\\1>`` takes
 seconds on a few hundred adversarial characters, and the policy writes what it likes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tagpr.errors import ConfigError, DataError
-
-DEFINITIONS: dict[str, str] = {
-    "analyze_input": "works out what is being asked and what is given",
-    "examine_examples": "looks at single items of the user's history, or other evidence, one by one",
-    "identify_patterns": "states a regularity that several items have in common",
-    "evaluate_reference": "weighs the input against one particular outside reference",
-    "compare_entities": "sets two or more candidates side by side",
-    "synthesize_findings": "draws everything found so far together before choosing",
-    "make_decision": "settles on one option",
-    "verify_conclusion": "checks the chosen option once more for consistency",
-    "formulate_conclusion": "words the final answer",
-}
-"""The nine tags of the paper (S11), each with what its segment does."""
-
-TAGS: tuple[str, ...] = tuple(DEFINITIONS)
+from tagpr.vocabulary import CHAT_MARKUP, name_problem
+from tagpr.vocabulary import vocabulary as vocabulary
+from tagpr.vocabulary import vocabulary_hash as vocabulary_hash
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 END_OF_TURN = "<|im_end|>"
 
-# Markup of Qwen3's chat format that is no control token of the form <|...|>, yet one token of its vocabulary.
-_CHAT_MARKUP = ("think", "tool_call", "tool_response")
-
 # Possessive quantifiers (*+, ?+) never give back what they took, so no input makes a match attempt backtrack.
-_NAME = re.compile(r"[A-Za-z_][\w-]*+")
 _TAG = re.compile(r"<(/?+)([A-Za-z_][\w-]*+)>")
 _CONTROL_START = re.compile(r"<(?=[|\uFF5C])")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]++\|>")
@@ -67,21 +52,39 @@ class Response:
     problem: str
 
 
-@lru_cache(maxsize=64)
-def _reserved(vocabulary: tuple[str, ...]) -> re.Pattern[str]:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A vocabulary as the functions below use it."""
+
+    names: frozenset[str]
+    reserved: re.Pattern[str]
     """What harmless text does not contain: chat markup and the vocabulary's tags, in any case and spacing."""
-    for name in vocabulary:
-        if not _NAME.fullmatch(name) or name.lower() in _CHAT_MARKUP:
-            raise ConfigError(
-                f"tags: {name!r} cannot be a tag. Use [A-Za-z_][A-Za-z0-9_-]*, and not 'think'."
-            )
-    if not vocabulary or len(set(vocabulary)) != len(vocabulary):
-        raise ConfigError("tags: the vocabulary is empty or names a tag twice. List each tag once.")
-    names = "|".join(re.escape(name) for name in (*_CHAT_MARKUP, *vocabulary))
-    return re.compile(rf"<(\s*+(?:/\s*+)?+(?:{names})\s*+/?+\s*+)>", re.IGNORECASE)
 
 
-def strip_tags(text: str, vocabulary: Sequence[str] = TAGS) -> str:
+def _known(tags: Iterable[str] | None) -> _Known:
+    """``None`` is the vocabulary in use, which an environment variable can change: no default argument holds it."""
+    return _compiled(tuple(vocabulary() if tags is None else tags))
+
+
+@lru_cache(maxsize=64)
+def _compiled(tags: tuple[str, ...]) -> _Known:
+    if not tags:
+        raise ConfigError("tags: the vocabulary is empty. Name at least one tag.")
+    for number, name in enumerate(tags):
+        problem = name_problem(name, tags[:number])
+        if problem:
+            raise ConfigError(f"tags: {name!r} {problem}")
+    names = "|".join(re.escape(name) for name in (*CHAT_MARKUP, *tags))
+    reserved = re.compile(rf"<(\s*+(?:/\s*+)?+(?:{names})\s*+/?+\s*+)>", re.IGNORECASE)
+    return _Known(frozenset(tags), reserved)
+
+
+def has_tags(text: str) -> bool:
+    """Whether anything in ``text`` reads as a tag, of whatever vocabulary: such text fits into no segment."""
+    return _TAG.search(text) is not None
+
+
+def strip_tags(text: str, vocabulary: Iterable[str] | None = None) -> str:
     """Text without the vocabulary's tags: the source chain up to white space (S12).
 
     Neighbouring pieces are joined by one space, or by a blank line where the text had one; white space
@@ -90,8 +93,7 @@ def strip_tags(text: str, vocabulary: Sequence[str] = TAGS) -> str:
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
     """
-    _reserved(tuple(vocabulary))
-    names = frozenset(vocabulary)
+    names = _known(vocabulary).names
     pieces: list[str] = []
     blank_line = False
 
@@ -115,7 +117,7 @@ def strip_tags(text: str, vocabulary: Sequence[str] = TAGS) -> str:
     return "".join(pieces)
 
 
-def parse_segments(reasoning: str, vocabulary: Sequence[str] = TAGS) -> Segments:
+def parse_segments(reasoning: str, vocabulary: Iterable[str] | None = None) -> Segments:
     """Read tagged reasoning; the first problem in reading order ends the reading and is named.
 
     ``tag_unknown``: a tag outside the vocabulary (names are case-sensitive), wherever it stands.
@@ -126,8 +128,7 @@ def parse_segments(reasoning: str, vocabulary: Sequence[str] = TAGS) -> Segments
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
     """
-    _reserved(tuple(vocabulary))
-    names = frozenset(vocabulary)
+    names = _known(vocabulary).names
     segments: list[tuple[str, str]] = []
     opened = ""
     end = 0
@@ -157,7 +158,7 @@ def parse_segments(reasoning: str, vocabulary: Sequence[str] = TAGS) -> Segments
     return Segments(segments, "")
 
 
-def check_tags(reasoning: str, minimum: int = 3, vocabulary: Sequence[str] = TAGS) -> str:
+def check_tags(reasoning: str, minimum: int = 3, vocabulary: Iterable[str] | None = None) -> str:
     """The logical checks behind R_tag (eq. 9, S26): the first problem's name, or an empty string.
 
     All of: every problem of :func:`parse_segments`, then ``too_few_segments``, when fewer than ``minimum``
@@ -172,7 +173,7 @@ def check_tags(reasoning: str, minimum: int = 3, vocabulary: Sequence[str] = TAG
     return ""
 
 
-def split_response(text: str, vocabulary: Sequence[str] = TAGS) -> Response:
+def split_response(text: str, vocabulary: Iterable[str] | None = None) -> Response:
     """Take a response apart (S24): one ``<think>…</think>`` first, then a non-empty answer without tags.
 
     White space around the parts is dropped, and so is one ``<|im_end|>`` at the end. Problems, in the order
@@ -186,7 +187,7 @@ def split_response(text: str, vocabulary: Sequence[str] = TAGS) -> Response:
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
     """
-    reserved = _reserved(tuple(vocabulary))
+    reserved = _known(vocabulary).reserved
     text = text.strip().removesuffix(END_OF_TURN).strip()
     opened, closed = text.count(THINK_OPEN), text.count(THINK_CLOSE)
     problem = ""
@@ -216,7 +217,7 @@ def split_response(text: str, vocabulary: Sequence[str] = TAGS) -> Response:
     return Response(reasoning, answer, problem)
 
 
-def format_response(reasoning: str, answer: str, vocabulary: Sequence[str] = TAGS) -> str:
+def format_response(reasoning: str, answer: str, vocabulary: Iterable[str] | None = None) -> str:
     """The one text form of a response, without its end of turn; white space around both parts is dropped.
 
     Raises:
@@ -229,7 +230,7 @@ def format_response(reasoning: str, answer: str, vocabulary: Sequence[str] = TAG
     return text
 
 
-def neutralise(text: str, vocabulary: Sequence[str] = TAGS) -> str:
+def neutralise(text: str, vocabulary: Iterable[str] | None = None) -> str:
     """Make untrusted text unable to act as a control token, chat mark or reasoning tag; change nothing else.
 
     The angle brackets of ``<|``, of ``<think>`` and its like, and of the vocabulary's tags (opening or
@@ -240,4 +241,4 @@ def neutralise(text: str, vocabulary: Sequence[str] = TAGS) -> str:
     Raises:
         ConfigError: the vocabulary is not a list of distinct tag names.
     """
-    return _CONTROL_START.sub("‹", _reserved(tuple(vocabulary)).sub(r"‹\1›", text))
+    return _CONTROL_START.sub("‹", _known(vocabulary).reserved.sub(r"‹\1›", text))

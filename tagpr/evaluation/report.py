@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -16,7 +17,7 @@ from tagpr.evaluation.rows import Row
 from tagpr.evaluation.score import Summary
 from tagpr.evaluation.tables import SYNTHETIC, Table, tables
 from tagpr.schema import RewardBreakdown
-from tagpr.tags import TAGS, parse_segments
+from tagpr.tags import parse_segments, vocabulary
 
 # A page must open on any machine: longer texts are cut here (and say so), never in the rows' files.
 LONGEST_TEXT = 20_000
@@ -32,7 +33,8 @@ REWARDS = {
     "response_length/mean": "response tokens",
     "training/rollout_probs_diff_max": "rollout vs actor: largest difference of probabilities",
 }
-_KEPT = re.compile(rf"(</?(?:{'|'.join(TAGS)})>)")
+# Colours of the tags: chosen for the paper's nine, after them as far apart as the golden angle puts them.
+_HUES = (210, 170, 130, 70, 40, 15, 340, 300, 260)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path])
         rewards=_reward_curves(metrics),
         losses=_loss_curves(metrics),
         cases="".join(map(_case, cases)) or "<p>No rows to show.</p>",
-        legend=" ".join(f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(TAGS)),
+        legend=" ".join(
+            f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary())
+        ),
+        hues=_hues(len(vocabulary())),
     )
 
 
@@ -247,22 +252,35 @@ def _reasoning(reasoning: str) -> str:
     parsed = parse_segments(reasoning)
     if parsed.problem or not parsed.segments:
         return f"<div class='chain'>{_marked(reasoning)}</div>"
+    tags = list(vocabulary())
     blocks = ""
     for tag, text in parsed.segments:
-        hue = f"t{TAGS.index(tag)}"
+        hue = f"t{tags.index(tag)}"
         blocks += f'<div class="segment {hue}"><span class="pill {hue}">{tag}</span> {_text(text)}</div>'
     return f"<div class='chain'>{blocks}</div>"
 
 
 def _marked(text: str) -> str:
+    tags = list(vocabulary())
     parts = []
-    for part in _KEPT.split(_cut(text)):
-        if _KEPT.fullmatch(part):
-            number = TAGS.index(part.strip("</>"))
+    for number, part in enumerate(_tag_marks(tuple(tags)).split(_cut(text))):
+        if number % 2:
+            number = tags.index(part.strip("</>"))
             parts.append(f'<span class="pill t{number}">{html.escape(part)}</span>')
         else:
             parts.append(html.escape(part))
     return "".join(parts)
+
+
+@lru_cache(maxsize=8)
+def _tag_marks(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"(</?(?:{'|'.join(map(re.escape, tags))})>)")
+
+
+def _hues(tags: int) -> str:
+    """Style sheet of the first ``tags`` tags' colours."""
+    hues = [*_HUES, *(round(number * 137.5) % 360 for number in range(len(_HUES), tags))]
+    return " ".join(f".t{number} {{ --hue: {hue}; }}" for number, hue in enumerate(hues[:tags]))
 
 
 def _text(text: str) -> str:

@@ -42,6 +42,7 @@ from tagpr.runs import (
     write_text_atomically,
 )
 from tagpr.schema import Example, PrmuScore
+from tagpr.tags import vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,8 @@ def run(config: DictConfig) -> None:
                 "dtype": engine.dtype,
                 # Rows from before this key may lack what the reward would have seen.
                 "special_tokens": "kept",
+                # The prompts are neutralised for these tags, and the rows scored by them.
+                "tags": list(vocabulary()),
             },
             when_changed=settings.when_changed,
             prompts=prompts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tagpr.benchmarks.tasks import get_task
 from tagpr.evaluation.score import Decoding, Difference, ModelSummary, Summary
 from tagpr.metrics import possible_rating_errors
-from tagpr.tags import TAGS
+from tagpr.tags import vocabulary
 
 SYNTHETIC = (
     "SYNTHETIC: invented users and a tiny model. These figures show that the code works; they say nothing "
@@ -237,7 +237,7 @@ def _tags(decoding: Decoding) -> Table:
     models = decoding.models
     if not any(model.tag_shares for model in models.values()):
         return Table("Tags", "", (), ())
-    rows = [_line(tag, models, lambda m, tag=tag: _share(m, tag), None) for tag in TAGS]  # type: ignore[misc]
+    rows = [_line(tag, models, lambda m, tag=tag: _share(m, tag), None) for tag in vocabulary()]  # type: ignore[misc]
     rows.append(
         _line("segments a response", models, lambda m: f"{m.segments:.2f}" if m.segments else "–", None)
     )

@@ -1,7 +1,7 @@
 """The reward of one response and everything it was made of (eq. 5 guided, eq. 11 exploratory; S27, S28)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,7 +12,7 @@ from tagpr.rewards.repetition import repetition_reward
 from tagpr.rewards.tag import tag_reward
 from tagpr.rewards.verifiable import verifiable_reward
 from tagpr.schema import PrmuScore, RewardBreakdown
-from tagpr.tags import TAGS, split_response
+from tagpr.tags import split_response
 
 Mode = Literal["guided", "exploratory"]
 Guard = Literal["literal", "no_escape"]
@@ -74,7 +74,7 @@ def score_response(
     *,
     finished: bool = True,
     rouge: RougeKind = "mean",
-    vocabulary: Sequence[str] = TAGS,
+    vocabulary: Iterable[str] | None = None,
     minimum_segments: int = 3,
     repetition_n: int = 4,
     repetition_delta: float = 1e-6,

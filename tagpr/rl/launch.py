@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tagpr.checkpoints import export_model, latest_complete
+from tagpr.configuration import exported
 from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import check_server
@@ -263,6 +264,7 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
         "TENSORBOARD_DIR": str(Path(config.run.dir) / "tensorboard"),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
+        **exported(),
     }
     if config.trainer.device == "cpu":
         environment |= {

@@ -16,7 +16,7 @@ from tagpr.benchmarks.lamp import MOVIE_TAGS
 from tagpr.benchmarks.minilamp.generate import draw
 from tagpr.benchmarks.minilamp.reader import FaultRates, reason, untagged
 from tagpr.benchmarks.minilamp.world import TASK_NAMES, population
-from tagpr.tags import END_OF_TURN, TAGS, THINK_CLOSE, THINK_OPEN
+from tagpr.tags import END_OF_TURN, THINK_CLOSE, THINK_OPEN, vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
@@ -94,7 +94,7 @@ def build_tokenizer(seed: int, users: int = 80, learned: int = 990) -> PreTraine
     )
     tokenizer.train_from_iterator(_corpus(seed, users), trainer)
     plain = [THINK_OPEN, THINK_CLOSE]
-    for tag in TAGS:
+    for tag in vocabulary():
         # With its space: a closing tag follows ". " in the one form that chains are written in.
         plain += [f"<{tag}>", f"</{tag}>", f" </{tag}>"]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*plain, *_PHRASES)])

@@ -15,7 +15,8 @@ from data_pipeline.tagging import PROMPT_FIELDS as TAGGING_FIELDS
 from data_pipeline.tagging import accept_tagged, definitions_text
 from data_pipeline.teacher import read_rollout
 from tagpr.errors import ConfigError
-from tagpr.tags import TAGS, check_tags, strip_tags
+from tagpr.tags import check_tags, strip_tags
+from tagpr.vocabulary import DEFINITIONS
 
 JUDGE = PromptTemplate.load("judge", "pkg://data_pipeline/prompts/judge.md", JUDGE_FIELDS)
 TAGGING = PromptTemplate.load("tagging", "pkg://data_pipeline/prompts/restricted_tagging.md", TAGGING_FIELDS)
@@ -149,7 +150,7 @@ def test_the_judge_prompt_keeps_its_rubric_in_front() -> None:
 def test_the_tagging_prompt_lists_the_nine() -> None:
     assert all(
         f"- {tag}: " in TAGGING.render(definitions=definitions_text(), question="", chain_of_thought="")
-        for tag in TAGS
+        for tag in DEFINITIONS
     )
 
 
@@ -194,7 +195,9 @@ def test_a_tagging_that_changes_or_breaks_something_is_rejected(reply: str, prob
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(TAGS), st.text(alphabet="ab. \n", max_size=8)), max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from(list(DEFINITIONS)), st.text(alphabet="ab. \n", max_size=8)), max_size=6
+    ),
     st.text(max_size=5),
 )
 def test_whatever_is_accepted_gives_the_source_back(parts: list[tuple[str, str]], noise: str) -> None:

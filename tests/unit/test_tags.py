@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from tagpr.errors import ConfigError, DataError
 from tagpr.tags import (
-    DEFINITIONS,
-    TAGS,
     check_tags,
     format_response,
     neutralise,
@@ -19,6 +17,9 @@ from tagpr.tags import (
     split_response,
     strip_tags,
 )
+from tagpr.vocabulary import DEFINITIONS
+
+TAGS = tuple(DEFINITIONS)
 
 GOOD = (
     "<analyze_input> The user asks for a tag. </analyze_input>\n"
@@ -56,7 +57,6 @@ sentences = st.lists(
 
 def test_the_nine_tags_are_defined() -> None:
     assert len(TAGS) == 9
-    assert tuple(DEFINITIONS) == TAGS
     assert all(len(text.splitlines()) == 1 and text for text in DEFINITIONS.values())
 
 

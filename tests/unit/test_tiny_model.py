@@ -16,9 +16,10 @@ from tagpr.benchmarks.minilamp.reader import FaultRates, reason, tagged
 from tagpr.benchmarks.minilamp.world import TASK_NAMES, population
 from tagpr.configuration import compose, resolve
 from tagpr.errors import StageError
-from tagpr.tags import TAGS, format_response
+from tagpr.tags import format_response
 from tagpr.tiny_model.pretrain import build, response_loss, run
 from tagpr.tiny_model.tokenizer import build_tokenizer
+from tagpr.vocabulary import DEFINITIONS
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -65,7 +66,12 @@ def test_any_text_survives(
 
 
 def test_think_and_tags_are_single_tokens_that_decoders_keep(reloaded: PreTrainedTokenizerFast) -> None:
-    for mark in ("<think>", "</think>", *(f"<{tag}>" for tag in TAGS), *(f"</{tag}>" for tag in TAGS)):
+    for mark in (
+        "<think>",
+        "</think>",
+        *(f"<{tag}>" for tag in DEFINITIONS),
+        *(f"</{tag}>" for tag in DEFINITIONS),
+    ):
         ids = reloaded.encode(mark, add_special_tokens=False)
         assert len(ids) == 1, mark
         assert reloaded.decode(ids, skip_special_tokens=True) == mark
