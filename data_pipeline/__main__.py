@@ -14,7 +14,7 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_pipeline import judge, simulated, tagging
+from data_pipeline import judge, simulated
 from data_pipeline.build import Built, Models, build
 from data_pipeline.endpoint import Endpoint, read_key
 from data_pipeline.filters import check_thresholds
@@ -23,12 +23,14 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.outputs import is_complete, write_outputs
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import ChainSettings, ModelSettings, read_settings
+from data_pipeline.tagging import RestrictedTagging
 from tagpr.benchmarks.prompt import build_prompt
 from tagpr.benchmarks.storage import examples_file, read_examples
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError
 from tagpr.runs import file_hash, manifest
 from tagpr.schema import Example
+from tagpr.tags import vocabulary_hash
 
 logger = logging.getLogger("data_pipeline")
 
@@ -50,16 +52,14 @@ def run(config: DictConfig) -> None:
     if settings.endpoint == "simulated":
         settings = _label_simulated(settings)
     judge_prompt = PromptTemplate.load("chains.prompts.judge", settings.prompts.judge, judge.PROMPT_FIELDS)
-    tagging_prompt = PromptTemplate.load(
-        "chains.prompts.restricted_tagging", settings.prompts.restricted_tagging, tagging.PROMPT_FIELDS
-    )
+    tagging = RestrictedTagging.load(settings.tagging.mode, settings.prompts, settings.minimum_segments)
     source = examples_file(config.paths.examples, "train")
     if not source.is_file():
         raise StageError(
             f"{source}: no such file. Make it with `bash recipes/prepare_data.sh`, or set paths.examples."
         )
     folder = Path(config.paths.chains)
-    fingerprint = _fingerprint(config, settings, file_hash(source), judge_prompt, tagging_prompt)
+    fingerprint = _fingerprint(config, settings, file_hash(source), judge_prompt, tagging.template)
     if is_complete(folder, fingerprint):
         logger.info("%s: is complete and of these settings; nothing to do", folder)
         return
@@ -83,7 +83,7 @@ def run(config: DictConfig) -> None:
             endpoints[role] = Endpoint(
                 f"chains.{role}", model, ledger, config.run.seed, settings.retries, base_url, key
             )
-        models = Models(**endpoints, judge_prompt=judge_prompt, tagging_prompt=tagging_prompt)
+        models = Models(**endpoints, judge_prompt=judge_prompt, tagging=tagging)
         try:
             built = await build(examples, tasks, prompt_of, settings, models, funnel, config.run.seed)
         finally:
@@ -112,7 +112,7 @@ def run(config: DictConfig) -> None:
         "simulated": settings.endpoint == "simulated",
         "fingerprint": fingerprint,
         "models": {role: getattr(settings, role).model for role in ROLES},
-        "prompts": {"judge": judge_prompt.version, "restricted_tagging": tagging_prompt.version},
+        "prompts": {"judge": judge_prompt.version, "restricted_tagging": tagging.template.version},
         "settings": settings.model_dump(mode="json", exclude={"ledger"}),
         "ledger": totals,
     }
@@ -177,6 +177,7 @@ def _fingerprint(
             exclude={"ledger": True, "retries": True, "prompts": True} | dict.fromkeys(ROLES, aside),
         ),
         "prompts": [judge_prompt.version, tagging_prompt.version],
+        "tags": vocabulary_hash(),
         "benchmark": OmegaConf.to_container(config.benchmark),
         "seed": config.run.seed,
         "examples": examples,

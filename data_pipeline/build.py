@@ -18,7 +18,7 @@ from data_pipeline.preferences import (
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.selection import draw_instances, select_chains, shuffled
 from data_pipeline.settings import ChainSettings
-from data_pipeline.tagging import tag_chain
+from data_pipeline.tagging import RestrictedTagging, tag_chain
 from data_pipeline.teacher import read_rollout, rollout_unit
 from tagpr.benchmarks.prompt import QueryTooLongError
 from tagpr.rewards.verifiable import verifiable_reward
@@ -39,7 +39,7 @@ class Models:
     judge: Endpoint
     tagger: Endpoint
     judge_prompt: PromptTemplate
-    tagging_prompt: PromptTemplate
+    tagging: RestrictedTagging
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,10 @@ class _Pipeline:
 
         async def one(chain: Chain) -> tuple[str, str]:
             tagged = await tag_chain(
-                chain,
-                self.models.tagger,
-                self.models.tagging_prompt,
-                self.settings.minimum_segments,
-                self.settings.malformed_attempts,
+                chain, self.models.tagger.ask, self.models.tagging, self.settings.malformed_attempts
             )
+            for problem in tagged.rejected:
+                self.models.tagger.counts[f"rejected_{problem}"] += 1
             if tagged.problem:
                 self.funnel.drop("tagged" if label == "tagger" else "tagged_for_pairs", tagged.problem)
             return chain.id, tagged.text

@@ -1,19 +1,15 @@
 """The judge: four scores for a chain (S8), read strictly from a reply that nobody trusts."""
 
-import json
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from data_pipeline.endpoint import Endpoint, Unit
+from data_pipeline.json_reply import read_object
 from data_pipeline.prompts import PromptTemplate
 from tagpr.schema import Chain
 from tagpr.tags import format_response
 
 DIMENSIONS = ("Logical Coherence", "Step Accuracy", "Reasoning Completeness", "Relevance to the Question")
 PROMPT_FIELDS = frozenset({"question", "response"})
-_FENCED = re.compile(r"\A```(?:json)?[ \t]*\n(.*)\n```\Z", re.DOTALL)
-LONGEST_REPLY = 100_000
 
 Scores = tuple[int, int, int, int]
 
@@ -41,15 +37,10 @@ def parse_verdict(text: str) -> Verdict:
     Every dimension must be there exactly once, with an integer from 1 to 5, quoted or not. Text around the object, a
     repeated key, a float or "4/5" is malformed: a reply that quotes the chain must not be read as the verdict. Never raises.
     """
-    text = text.strip()
-    if len(text) > LONGEST_REPLY:
-        return Verdict(None, "too_long")
-    fenced = _FENCED.match(text)
-    try:
-        reply = json.loads(fenced[1] if fenced else text, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError):
-        return Verdict(None, "not_json")
-    report = reply.get("evaluation_report") if isinstance(reply, dict) else None
+    reply, problem = read_object(text)
+    if reply is None:
+        return Verdict(None, problem)
+    report = reply.get("evaluation_report")
     assessment = report.get("detailed_assessment") if isinstance(report, dict) else None
     if not isinstance(report, dict) or not isinstance(assessment, list):
         return Verdict(None, "wrong_shape")
@@ -73,12 +64,6 @@ def parse_verdict(text: str) -> Verdict:
 
 
 _KNOWN = tuple(name.casefold() for name in DIMENSIONS)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 def _score(value: object) -> int | None:

@@ -36,6 +36,8 @@ class PromptFiles(Settings):
 
     judge: str
     restricted_tagging: str
+    span_tagging: str
+    exploratory_tagging: str
 
 
 class SimulatedFaults(Settings):
@@ -48,9 +50,35 @@ class SimulatedFaults(Settings):
     tag_unknown: Share = Field(ge=0.0, le=1.0)
     tag_rewritten: Share = Field(ge=0.0, le=1.0)
     tag_unclosed: Share = Field(ge=0.0, le=1.0)
+    free_tag_wrong: Share = Field(ge=0.0, le=1.0)
+    free_tag_vague: Share = Field(ge=0.0, le=1.0)
     http_429: Share = Field(ge=0.0, le=1.0)
     http_500: Share = Field(ge=0.0, le=1.0)
     latency_s: float = Field(ge=0.0)
+
+
+class TaggingSettings(Settings):
+    """Restricted tagging (S12)."""
+
+    mode: Literal["paper", "span"]
+
+
+class ContextWeights(Settings):
+    """How much each thing that is known about a proposed tag counts when tags are clustered; 0: not at all."""
+
+    name: float = Field(ge=0.0)
+    purposes: float = Field(ge=0.0)
+    segments: float = Field(ge=0.0)
+
+
+class ExploratorySettings(Settings):
+    """Exploratory tagging and the clustering of its tags (S9, S10)."""
+
+    chains: float = Field(ge=0.0)
+    embedder: str
+    fewest_clusters: int = Field(ge=2)
+    most_clusters: int = Field(ge=2)
+    weights: ContextWeights
 
 
 class PreferenceSettings(Settings):
@@ -83,6 +111,8 @@ class ChainSettings(Settings):
     tokenizer: str | None
     ledger: str
     prompts: PromptFiles
+    tagging: TaggingSettings
+    exploratory: ExploratorySettings
     teacher: ModelSettings
     judge: ModelSettings
     tagger: ModelSettings
@@ -105,6 +135,14 @@ def read_settings(config: DictConfig) -> ChainSettings:
         if problem["type"] in ("missing", "extra_forbidden"):
             raise ConfigError(f"{key}: {problem['msg']}. See tagpr/config/build_chains.yaml.") from error
         raise ConfigError(f"{key}={problem['input']}: {problem['msg']}. Change it.") from error
+    exploratory = settings.exploratory
+    if exploratory.most_clusters < exploratory.fewest_clusters:
+        raise ConfigError(
+            f"chains.exploratory.most_clusters={exploratory.most_clusters}: less than fewest_clusters="
+            f"{exploratory.fewest_clusters}. Raise it."
+        )
+    if not any(exploratory.weights.model_dump().values()):
+        raise ConfigError("chains.exploratory.weights: all are 0. Give one of them a weight.")
     for name in ("teacher", "judge", "tagger"):
         model: ModelSettings = getattr(settings, name)
         if settings.endpoint == "openai" and not (model.base_url and model.key_variable):

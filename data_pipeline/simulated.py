@@ -12,7 +12,6 @@ import importlib.resources
 import json
 import logging
 import random
-import re
 import secrets
 import socket
 import subprocess
@@ -24,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline import judge as judge_module
-from data_pipeline import tagging as tagging_module
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import ChainSettings, PromptFiles, Settings, SimulatedFaults
+from data_pipeline.simulated_tagger import SimulatedTagger
 from tagpr.benchmarks.minilamp import reader
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.tags import THINK_CLOSE, split_response
@@ -65,9 +64,7 @@ class Simulation:
     def __init__(self, prompts: PromptFiles, faults: SimulatedFaults) -> None:
         self.faults = faults
         self._judge = PromptTemplate.load("chains.prompts.judge", prompts.judge, judge_module.PROMPT_FIELDS)
-        self._tagging = PromptTemplate.load(
-            "chains.prompts.restricted_tagging", prompts.restricted_tagging, tagging_module.PROMPT_FIELDS
-        )
+        self._tagger = SimulatedTagger(prompts, faults)
         self._rates = self._fault_rates({})
 
     def _fault_rates(self, changes: dict[str, float]) -> reader.FaultRates:
@@ -88,7 +85,7 @@ class Simulation:
         rng = random.Random(f"{model} {seed} {hashlib.sha256(prompt.encode()).hexdigest()}")
         if model == TEACHER:
             return self._teach(prompt, rng, self._fault_rates(changes) if changes else self._rates)
-        return self._rate(prompt, rng) if model == JUDGE else self._mark_up(prompt, rng)
+        return self._rate(prompt, rng) if model == JUDGE else Content(self._tagger.reply(prompt, rng))
 
     def _teach(self, prompt: str, rng: random.Random, rates: reader.FaultRates) -> Content:
         """As a thinking model whose template has opened ``<think>``: the reply starts with the reasoning (S6)."""
@@ -121,31 +118,6 @@ class Simulation:
                 [text[: len(text) // 2], f"Thought process: {text}", text.replace("score", "points")]
             )
         return Content(f"```json\n{text}\n```" if rng.random() < 0.2 else text)
-
-    def _mark_up(self, prompt: str, rng: random.Random) -> Content:
-        values = self._tagging.extract(prompt)
-        if values is None:
-            raise DataError("prompt: is not the tagger's prompt.")
-        lines = [f"<{tag}> {text}. </{tag}>" for tag, text in reader.segment(values["chain_of_thought"])]
-        line = rng.randrange(len(lines)) if lines else 0
-        fault = rng.random()
-        for name, rate in (
-            ("unknown", self.faults.tag_unknown),
-            ("rewritten", self.faults.tag_rewritten),
-            ("unclosed", self.faults.tag_unclosed),
-        ):
-            if 0.0 <= fault < rate and lines:
-                lines[line] = _spoil(lines[line], name)
-            fault -= rate
-        return Content("\n".join(lines))
-
-
-def _spoil(line: str, fault: str) -> str:
-    if fault == "unknown":
-        return re.sub(r"(</?)\w+>", r"\1think_hard>", line)
-    if fault == "rewritten":
-        return line.replace(". <", ", surely. <")
-    return re.sub(r" </\w+>", "", line)
 
 
 class Server:
@@ -247,7 +219,7 @@ def revision(faults: SimulatedFaults) -> str:
     digest = hashlib.sha256(faults.model_dump_json(exclude={"http_429", "http_500", "latency_s"}).encode())
     for package, names in (
         ("tagpr.benchmarks.minilamp", ("reader.py", "world.py")),
-        (__package__, ("simulated.py",)),
+        (__package__, ("simulated.py", "simulated_tagger.py", "pieces.py")),
     ):
         for name in names:
             digest.update(importlib.resources.files(package).joinpath(name).read_bytes())

@@ -12,7 +12,7 @@ from data_pipeline.judge import PROMPT_FIELDS as JUDGE_FIELDS
 from data_pipeline.ledger import Reply
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.tagging import PROMPT_FIELDS as TAGGING_FIELDS
-from data_pipeline.tagging import accept_tagged, definitions_text
+from data_pipeline.tagging import accept_tagged, definitions_text, example_text
 from data_pipeline.teacher import read_rollout
 from tagpr.errors import ConfigError
 from tagpr.tags import check_tags, strip_tags
@@ -149,7 +149,10 @@ def test_the_judge_prompt_keeps_its_rubric_in_front() -> None:
 
 def test_the_tagging_prompt_lists_the_nine() -> None:
     assert all(
-        f"- {tag}: " in TAGGING.render(definitions=definitions_text(), question="", chain_of_thought="")
+        f"- {tag}: "
+        in TAGGING.render(
+            definitions=definitions_text(), example=example_text(), question="", chain_of_thought=""
+        )
         for tag in DEFINITIONS
     )
 
