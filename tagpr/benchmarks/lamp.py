@@ -5,9 +5,7 @@ Formats and prompts are those of the official code (LaMP-Benchmark/LaMP, ``LaMP/
 trailing spaces included.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,14 +13,11 @@ from typing import Any
 
 from tagpr.benchmarks.answers import parse_label
 from tagpr.benchmarks.json_array import read_objects, refuse_html
+from tagpr.benchmarks.rows import DERIVED_USER as DERIVED_USER
+from tagpr.benchmarks.rows import example, is_scalar, profile_item
 from tagpr.benchmarks.task import Fields, Kind, Task
 from tagpr.errors import ConfigError, DataError
-from tagpr.retrieval import date_key
-from tagpr.schema import Example, ProfileItem, Split
-
-# A user id that starts so was derived from the profile (S2), not read from the file.
-DERIVED_USER = "fp-"
-
+from tagpr.schema import Example, Split
 
 MOVIE_TAGS = (
     "sci-fi",
@@ -76,7 +71,7 @@ _ITEM: dict[int, Callable[[Fields], str]] = {
 }
 
 
-# What the official code's retrievers search with (after the marker) and in.
+# What the official code's retrievers search with (after the first marker) and in: LaMP/prompts/prompts.py, utils.py.
 _AFTER: dict[int, str] = {2: "description:", 3: "review:", 4: "article:", 5: "paper:", 7: ":"}
 _SEARCHED: dict[int, tuple[str, ...]] = {
     1: ("title", "abstract"),
@@ -86,14 +81,19 @@ _SEARCHED: dict[int, tuple[str, ...]] = {
     5: ("title", "abstract"),
     7: ("text",),
 }
-_REFERENCES = re.compile(r'\[1\]: "(.*)" \[2\]: "(.*)"', re.DOTALL)
 
 
 def _query_text(number: int) -> Callable[[str], str]:
+    """What to search with; the whole query where it lacks the marks that LaMP's own inputs have.
+
+    LaMP-1's are the second and third of the texts between quotes, each quote either opening or closing: the two references,
+    unless a title before them has quotes of its own. The official code has the same slip.
+    """
+
     def query_text(query: str) -> str:
         if number == 1:
-            references = _REFERENCES.search(query)
-            return " ".join(references.groups()) if references else query
+            quoted = query.split('"')[1:-1:2]
+            return " ".join(quoted[1:3]) if len(quoted) > 2 else query
         _, marker, text = query.partition(_AFTER[number])
         return text.strip() if marker else query
 
@@ -209,7 +209,7 @@ def iterate_split(directory: Path, task: str, split: Split) -> Iterator[Example]
     seen: set[str] = set()
     for position, row in enumerate(read_objects(questions), start=1):
         where = f"{questions}: question {row.get('id', f'number {position}')!r}"
-        if not _is_scalar(row.get("id")):
+        if not is_scalar(row.get("id")):
             raise DataError(f"{where}: has no 'id'. Mend the row.")
         row_id = str(row["id"])
         if row_id in seen:
@@ -249,7 +249,7 @@ def _read_golds(path: Path, spec: Task) -> dict[str, str]:
         )
     golds: dict[str, str] = {}
     for position, row in enumerate(content["golds"], start=1):
-        if not isinstance(row, dict) or not _is_scalar(row.get("id")) or not _is_scalar(row.get("output")):
+        if not isinstance(row, dict) or not is_scalar(row.get("id")) or not is_scalar(row.get("output")):
             raise DataError(
                 f'{path}: gold number {position} is not {{"id": ..., "output": ...}}. Mend the row.'
             )
@@ -266,65 +266,16 @@ def _read_golds(path: Path, spec: Task) -> dict[str, str]:
     return golds
 
 
-def _example(row: dict[str, Any], where: str, spec: Task, split: Split, gold: str) -> Example:
-    if not _is_scalar(row.get("input")) or not str(row["input"]).strip():
-        raise DataError(f"{where}: has no 'input'. Mend the row.")
+def _example(row: dict[str, Any], where: str, task: Task, split: Split, gold: str) -> Example:
     if not isinstance(row.get("profile"), list):
         raise DataError(f"{where}: its 'profile' is not an array. Mend the row.")
-    profile = tuple(_item(item, where, spec) for item in row["profile"])
-    if len({item.date is None for item in profile}) > 1:
-        raise DataError(f"{where}: some profile items have a date and some have none. Mend the row.")
-    user_id = row.get("user_id")
-    if user_id is not None and (not _is_scalar(user_id) or not str(user_id).strip()):
-        raise DataError(f"{where}: its 'user_id' is {user_id!r}. Mend the row.")
-    example = Example(
-        id=f"{spec.name}:{split}:{row['id']}",
-        task=spec.name,
-        split=split,
-        user_id=_fingerprint(profile) if user_id is None else str(user_id),
-        query=str(row["input"]),
-        profile=profile,
+    return example(
+        where,
+        task,
+        split,
+        row["id"],
+        query=row.get("input"),
         gold=gold,
+        profile=[profile_item(item, where, task) for item in row["profile"]],
+        user_id=row.get("user_id"),
     )
-    texts = [example.id, example.user_id, example.query, gold]
-    texts += [text for item in profile for text in (item.id, *item.fields.values())]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        # JSON can spell such text, no UTF-8 file can hold it, and no tokenizer takes it.
-        raise DataError(f"{where}: has half a surrogate pair in its text. Mend the row.") from None
-    return example
-
-
-def _item(item: object, where: str, spec: Task) -> ProfileItem:
-    if not isinstance(item, dict) or not _is_scalar(item.get("id")):
-        raise DataError(f"{where}: a profile item is not an object with an id. Mend the row.")
-    for field in spec.fields:
-        if not _is_scalar(item.get(field)):
-            raise DataError(
-                f"{where}: profile item {item['id']!r} has no {field!r}. "
-                f"Items of {official_name(spec.name)} have {', '.join(spec.fields)}."
-            )
-    date = item.get("date")
-    if date is not None:
-        try:
-            date_key(str(date))
-        except DataError as error:
-            raise DataError(f"{where}: profile item {item['id']!r}: {error}") from None
-    return ProfileItem(
-        id=str(item["id"]),
-        fields={field: str(item[field]) for field in spec.fields},
-        date=None if date is None else str(date),
-    )
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-def _fingerprint(profile: Sequence[ProfileItem]) -> str:
-    """Derive a user id from what the profile says, whatever the order of its items (S2)."""
-    digest = hashlib.sha256()
-    for content in sorted(json.dumps([item.date, item.fields], sort_keys=True) for item in profile):
-        digest.update(content.encode())
-    return f"{DERIVED_USER}{digest.hexdigest()[:16]}"

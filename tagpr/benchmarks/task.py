@@ -17,7 +17,8 @@ class Task:
     ``labels`` is the closed list of answers (empty for generation); ``fields`` are the fields of a profile item,
     ``long_field`` the one of them that is shown in the prompt and may be shortened to fit it. ``metrics`` names what the
     benchmark reports, in its order. ``rouge_tokens`` are rouge-score's ``words`` (runs of ``a-z0-9``) or, for text that
-    has none, ``characters``.
+    has none, ``characters``. ``shown_words`` is how many words of the long field the benchmark's own prompt shows at most
+    (None: all); ``render`` sees to it.
     """
 
     name: str
@@ -37,3 +38,4 @@ class Task:
     item_text: Callable[[Fields], str]
     """Fields of an item -> what a retriever searches in."""
     rouge_tokens: Literal["words", "characters"] = "words"
+    shown_words: int | None = None
