@@ -29,4 +29,5 @@ def is_accurate(chain: Chain, thresholds: Mapping[str, float]) -> bool:
     task = get_task(chain.task)
     if task.kind != "generation":
         return chain.verifiable == 1.0
-    return rouge_score(chain.gold, parse_answer(chain.task, chain.answer), "rougeL") > thresholds[chain.task]
+    rouge_l = rouge_score(chain.gold, parse_answer(chain.task, chain.answer), "rougeL", task.rouge_tokens)
+    return rouge_l > thresholds[chain.task]

@@ -1,72 +1,110 @@
-"""Metrics equal to LaMP's official ones, and the interval of a difference of two systems (S23, S32, S33).
+"""The metrics that benchmarks report, equal to their official code where that is defined (S23, S32, S33).
 
 ROUGE is computed on rouge-score's tokens (no stemmer) with a ``Counter`` and RapidFuzz's bit-parallel
 longest common subsequence: the same floats as rouge-score, many times faster (the tests hold rouge-score
 against it). Means are plain means over rows; rouge-score's bootstrap aggregate would change from run to
-run.
+run. METEOR is NLTK's. Sums are exact, so that no figure depends on the order in which rows come, and they are
+running sums: memory does not grow with the rows (:class:`TaskScorer`).
 """
 
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cache, lru_cache, partial
+from typing import Any, Literal, Protocol
 
-import numpy as np
 from rapidfuzz.distance import LCSseq
 
 from tagpr.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal["classification", "rating", "generation"]
 RougeKind = Literal["rouge1", "rougeL", "mean"]
+RougeTokens = Literal["words", "characters"]
 
-_TOKEN = re.compile(r"[a-z0-9]+")
-_LOWEST_RATING, _HIGHEST_RATING = 1.0, 5.0
+METRICS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1_macro", "f1_positive"),
+    "rating": ("mae", "mse", "rmse"),
+    "generation": ("rouge1", "rougeL", "meteor"),
+}
+"""What a task of each kind may name in its ``metrics``; ``f1_positive`` only with two labels."""
+
+_WORDS = re.compile(r"[a-z0-9]+")
+# Scripts written without spaces, where a word cannot be told by its letters: Han with its iteration mark and zero,
+# kana, and Hangul, whose spaces part phrases.
+_ONE_BY_ONE = (
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
+    "\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_CHARACTERS = re.compile(rf"[{_ONE_BY_ONE}]|(?:(?![{_ONE_BY_ONE}])[^\W_])+")
+
+_LOWEST_RATING, _HIGHEST_RATING = 1.0, 5.0  # of a rating task that lists no labels
 _RATING_LIMIT = 1e100  # beyond it a squared error may overflow
 
 
 class ScoredTask(Protocol):
-    """What metrics need to know of a task; ``tagpr.benchmarks.lamp.TASKS`` holds such."""
+    """What metrics need to know of a task; ``tagpr.benchmarks.task.Task`` is one."""
 
     @property
     def name(self) -> str:
         """Name for messages."""
 
     @property
-    def kind(self) -> Literal["classification", "rating", "generation"]:
+    def kind(self) -> Kind:
         """Which metrics are meant."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The closed list of answers; empty for generation."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What to report, of ``METRICS[kind]``, in this order."""
 
-def rouge(gold: str, prediction: str) -> tuple[float, float]:
-    """ROUGE-1 and ROUGE-L F-measures in [0, 1], as rouge-score without stemmer gives them.
+    @property
+    def rouge_tokens(self) -> RougeTokens:
+        """What ROUGE counts."""
 
-    Tokens are runs of ``a-z0-9`` after lower-casing, so text without any (emoji, Chinese) scores 0, even
-    against itself.
+    @property
+    def parse(self) -> Callable[[str], str]:
+        """The lenient reading of an answer."""
+
+
+def rouge_tokens(text: str, tokens: RougeTokens = "words") -> list[str]:
+    """Split a text into what ROUGE counts.
+
+    ``words``: rouge-score's, runs of ``a-z0-9`` after lower-casing; text without any (emoji, Chinese) has none and
+    scores 0 even against itself. ``characters``: each Han, kana or Hangul character by itself and runs of all other
+    letters and digits, after NFKC (full-width forms become plain ones) and lower-casing.
     """
-    gold_tokens = _TOKEN.findall(gold.lower())
-    predicted_tokens = _TOKEN.findall(prediction.lower())
-    if not gold_tokens or not predicted_tokens:
+    if tokens == "words":
+        return _WORDS.findall(text.lower())
+    return _CHARACTERS.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def rouge(gold: str, prediction: str, tokens: RougeTokens = "words") -> tuple[float, float]:
+    """ROUGE-1 and ROUGE-L F-measures in [0, 1]; with ``words`` as rouge-score without stemmer gives them."""
+    return _rouge(rouge_tokens(gold, tokens), rouge_tokens(prediction, tokens))
+
+
+def _rouge(gold: list[str], predicted: list[str]) -> tuple[float, float]:
+    if not gold or not predicted:
         return 0.0, 0.0
-    shared = (Counter(gold_tokens) & Counter(predicted_tokens)).total()
+    shared = (Counter(gold) & Counter(predicted)).total()
     if not shared:
         return 0.0, 0.0
     # RapidFuzz compares hashes of list elements; small integers are their own hash, so nothing can collide.
     number: dict[str, int] = {}
     common = LCSseq.similarity(
-        [number.setdefault(token, len(number)) for token in gold_tokens],
-        [number.setdefault(token, len(number)) for token in predicted_tokens],
+        [number.setdefault(token, len(number)) for token in gold],
+        [number.setdefault(token, len(number)) for token in predicted],
     )
-    return (
-        _f_measure(shared, len(predicted_tokens), len(gold_tokens)),
-        _f_measure(common, len(predicted_tokens), len(gold_tokens)),
-    )
+    return _f_measure(shared, len(predicted), len(gold)), _f_measure(common, len(predicted), len(gold))
 
 
 def _f_measure(hits: int, predicted: int, gold: int) -> float:
@@ -75,13 +113,15 @@ def _f_measure(hits: int, predicted: int, gold: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def rouge_score(gold: str, prediction: str, rouge_kind: RougeKind = "mean") -> float:
+def rouge_score(
+    gold: str, prediction: str, rouge_kind: RougeKind = "mean", tokens: RougeTokens = "words"
+) -> float:
     """One ROUGE figure in [0, 1]; ``mean`` is the mean of ROUGE-1 and ROUGE-L (S23).
 
     Raises:
         ConfigError: ``rouge_kind`` is none of ``rouge1``, ``rougeL``, ``mean``.
     """
-    rouge_1, rouge_l = rouge(gold, prediction)
+    rouge_1, rouge_l = rouge(gold, prediction, tokens)
     if rouge_kind == "mean":
         return (rouge_1 + rouge_l) / 2
     if rouge_kind == "rouge1":
@@ -101,81 +141,226 @@ def task_score(task: ScoredTask, gold: str, prediction: str, rouge_kind: RougeKi
         ConfigError: ``rouge_kind`` is unknown.
     """
     if task.kind == "generation":
-        return rouge_score(gold, prediction, rouge_kind)
+        return rouge_score(gold, prediction, rouge_kind, task.rouge_tokens)
     return float(prediction.strip() == gold.strip())
 
 
-def lamp_metrics(
+def read_answer(task: ScoredTask, answer: str, reading: Literal["lenient", "official"] = "lenient") -> str:
+    """Turn a model's answer into what is scored.
+
+    ``lenient`` is the task's parser, which finds the one label that a sentence gives. ``official`` only strips, as
+    LaMP's own code does; figures of the two stand side by side, never mixed.
+    """
+    return task.parse(answer) if reading == "lenient" else answer.strip()
+
+
+def task_metrics(
     task: ScoredTask, golds: Mapping[str, str], predictions: Mapping[str, str]
 ) -> dict[str, float]:
-    """Official metrics of one task over rows ``id -> text``; texts are stripped and nothing else.
-
-    Every task: ``rows`` and ``unparsable``, the share of predictions that say nothing the metric can use
-    (no label of the list, no number below 1e100, no ROUGE token). Classification: ``accuracy``, ``f1_macro``
-    over the whole label list (a label that never occurs counts as 0); of two labels also ``f1_positive``,
-    the F1 of the second, which is index 1 in the official code. Rating: ``mae``, ``mse``, ``rmse``; an
-    unparsable prediction counts as the farther of 1 and 5. Generation: ``rouge1``, ``rougeL``, plain means.
+    """Metrics of one task over rows ``id -> text``, see :meth:`TaskScorer.metrics`.
 
     Raises:
         DataError: no rows, the ids of golds and predictions differ, or a gold is not an answer to this task.
+        ConfigError: the task names a metric that its kind does not have.
     """
-    if not golds:
-        raise DataError(f"{task.name}: no gold answers. Check the outputs file.")
     for missing in sorted(golds.keys() - predictions.keys())[:1]:
         raise DataError(f"{task.name}: no prediction for id {missing}. Every gold needs exactly one.")
     for extra in sorted(predictions.keys() - golds.keys())[:1]:
         raise DataError(f"{task.name}: id {extra} is predicted but has no gold. Score the right split.")
-    ids = list(golds)
-    expected = [golds[key].strip() for key in ids]
-    predicted = [predictions[key].strip() for key in ids]
-    if task.kind == "classification":
-        metrics = _classification(task, ids, expected, predicted)
-    elif task.kind == "rating":
-        metrics = _rating(task, ids, expected, predicted)
-    else:
-        metrics = _generation(task, expected, predicted)
-    assert all(math.isfinite(value) for value in metrics.values()), metrics
-    return {"rows": float(len(ids)), **metrics}
+    scorer = TaskScorer(task)
+    for key, gold in golds.items():
+        scorer.add(gold, predictions[key], key)
+    return scorer.metrics()
 
 
-def _classification(
-    task: ScoredTask, ids: Sequence[str], golds: Sequence[str], predictions: Sequence[str]
-) -> dict[str, float]:
-    for key, gold in zip(ids, golds, strict=True):
-        if gold not in task.labels:
-            raise DataError(f"{task.name}: gold {gold!r} of id {key} is no label. Check the outputs file.")
-    right = Counter(gold for gold, said in zip(golds, predictions, strict=True) if gold == said)
-    of_gold, of_prediction = Counter(golds), Counter(predictions)
-    f1 = [2 * right[label] / max(of_gold[label] + of_prediction[label], 1) for label in task.labels]
-    metrics = {
-        "accuracy": right.total() / len(golds),
-        "f1_macro": math.fsum(f1) / len(f1),
-        "unparsable": sum(said not in task.labels for said in predictions) / len(golds),
-    }
-    return {**metrics, "f1_positive": f1[1]} if len(f1) == 2 else metrics
+def score_rows(rows: Iterable[tuple[ScoredTask, str, str, str]]) -> dict[str, dict[str, float]]:
+    """Metrics by task of rows (task, id, gold, prediction) in any order, one row in memory at a time.
+
+    That every row comes once is the caller's to see to: to know it, one has to remember them all.
+
+    Raises:
+        DataError: a gold is not an answer to its task.
+        ConfigError: a task names a metric that its kind does not have.
+    """
+    scorers: dict[str, TaskScorer] = {}
+    for task, key, gold, prediction in rows:
+        scorer = scorers.get(task.name)
+        if scorer is None:
+            scorer = scorers[task.name] = TaskScorer(task)
+        scorer.add(gold, prediction, key)
+    return {name: scorer.metrics() for name, scorer in sorted(scorers.items())}
 
 
-def _rating(
-    task: ScoredTask, ids: Sequence[str], golds: Sequence[str], predictions: Sequence[str]
-) -> dict[str, float]:
-    errors: list[float] = []
-    unparsable = 0
-    integers = True
-    for key, gold_text, text in zip(ids, golds, predictions, strict=True):
-        gold, said = _number(gold_text), _number(text)
-        if gold is None:
-            raise DataError(f"{task.name}: gold {gold_text!r} of id {key} is no number. Check the outputs.")
-        if said is None:
-            unparsable += 1
-            # At equal distance the official code takes 5; the error is the same.
-            said = max(_HIGHEST_RATING, _LOWEST_RATING, key=lambda end: abs(end - gold))
-        integers = integers and gold.is_integer() and said.is_integer()
-        errors.append(abs(said - gold))
-    mae = math.fsum(errors) / len(errors)
-    mse = math.fsum(error * error for error in errors) / len(errors)
-    rmse = math.sqrt(mse)
-    assert not integers or possible_rating_errors(mae, rmse), (mae, rmse)
-    return {"mae": mae, "mse": mse, "rmse": rmse, "unparsable": unparsable / len(errors)}
+def row_metrics(task: ScoredTask, gold: str, prediction: str) -> dict[str, float]:
+    """Those of the task's metrics that are plain means over rows, of one row: all but F1 and RMSE.
+
+    Raises:
+        DataError: the gold is not an answer to this task.
+    """
+    return TaskScorer(task).add(gold, prediction)
+
+
+class _ExactSum:
+    """A sum of floats in an integer: no rounding until it is read, so the order of rows cannot show."""
+
+    __slots__ = ("_total",)
+    _BITS = 1074  # the smallest float is 2 ** -1074
+
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, value: float) -> None:
+        numerator, denominator = value.as_integer_ratio()
+        self._total += numerator << (self._BITS + 1 - denominator.bit_length())
+
+    def value(self) -> float:
+        return self._total / (1 << self._BITS)
+
+
+class TaskScorer:
+    """Running metrics of one task: feed it rows, ask it at the end; memory does not grow with the rows.
+
+    Raises:
+        ConfigError: the task names a metric that its kind does not have.
+    """
+
+    def __init__(self, task: ScoredTask) -> None:
+        for metric in task.metrics:
+            if metric not in METRICS[task.kind] or (metric == "f1_positive" and len(task.labels) != 2):
+                raise ConfigError(
+                    f"{task.name}: metric {metric!r} means nothing for its kind, {task.kind}. "
+                    f"Known: {', '.join(METRICS[task.kind])}; f1_positive with two labels."
+                )
+        self.task = task
+        self.rows = 0
+        self._unparsable = 0
+        self._beyond_reach = 0
+        self._integers = True
+        self._sums: dict[str, _ExactSum] = {}
+        # By label; answers off the list are counted nowhere, or a model's fancies would fill the memory.
+        self._right, self._gold, self._said = Counter[str](), Counter[str](), Counter[str]()
+        self._meteor = _meteor() if "meteor" in task.metrics else None
+
+    def add(self, gold: str, prediction: str, key: str = "") -> dict[str, float]:
+        """Count one row and return those of its metrics that are plain means over rows.
+
+        White space around both texts is ignored, nothing else is: :func:`read_answer` comes first. ``key`` is the row's id,
+        for messages.
+
+        Raises:
+            DataError: the gold is not an answer to this task.
+        """
+        gold, said = gold.strip(), prediction.strip()
+        if self.task.kind == "classification":
+            values = self._classification(gold, said, key)
+        elif self.task.kind == "rating":
+            values = self._rating(gold, said, key)
+        else:
+            values = self._generation(gold, said)
+        self.rows += 1
+        for name, value in values.items():
+            self._sums.setdefault(name, _ExactSum()).add(value)
+        return {name: value for name, value in values.items() if name in self._reported()}
+
+    def metrics(self) -> dict[str, float]:
+        """The task's metrics over the rows so far.
+
+        Every task: ``rows``; and ``unparsable``, the share of predictions that say nothing the metric can use (no label
+        of the list, no number below 1e100, no ROUGE token). Besides, those that the task names. Classification:
+        ``accuracy``, ``f1_macro`` over the whole label list (a label that never occurs counts as 0), ``f1_positive``, the
+        F1 of the second of two labels, which is index 1 in LaMP's code. Rating: ``mae``, ``mse``, ``rmse``; an unparsable
+        prediction counts as the farther end of the scale. Generation: ``rouge1``, ``rougeL``, ``meteor`` (or
+        ``meteor_stem``, see :func:`meteor_name`), plain means.
+
+        Raises:
+            DataError: no rows.
+        """
+        if not self.rows:
+            raise DataError(f"{self.task.name}: no gold answers. Check the outputs file.")
+        if self._beyond_reach:
+            logger.warning(
+                "%s: %d of %d golds have no ROUGE token and score 0.",
+                self.task.name,
+                self._beyond_reach,
+                self.rows,
+            )
+        found = {name: total.value() / self.rows for name, total in self._sums.items()}
+        if self.task.kind == "classification":
+            f1 = [
+                2 * self._right[label] / max(self._gold[label] + self._said[label], 1)
+                for label in self.task.labels
+            ]
+            found["f1_macro"] = math.fsum(f1) / len(f1)
+            found["f1_positive"] = f1[1] if len(f1) == 2 else math.nan
+        elif self.task.kind == "rating":
+            found["rmse"] = math.sqrt(found["mse"])
+            assert not self._integers or possible_rating_errors(found["mae"], found["rmse"]), found
+        metrics = {name: found[name] for name in self._reported()}
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+        return {"rows": float(self.rows), **metrics, "unparsable": self._unparsable / self.rows}
+
+    def _reported(self) -> Sequence[str]:
+        if self._meteor is None:
+            return self.task.metrics
+        return [meteor_name() if metric == "meteor" else metric for metric in self.task.metrics]
+
+    def _classification(self, gold: str, said: str, key: str) -> dict[str, float]:
+        labels = self.task.labels
+        if gold not in labels:
+            raise DataError(
+                f"{self.task.name}: gold {gold!r} of id {key} is no label. Check the outputs file."
+            )
+        self._gold[gold] += 1
+        if said in labels:
+            self._said[said] += 1
+        else:
+            self._unparsable += 1
+        if gold == said:
+            self._right[gold] += 1
+        return {"accuracy": float(gold == said)}
+
+    def _rating(self, gold: str, said: str, key: str) -> dict[str, float]:
+        error, parsable = rating_error(self.task, gold, said, key)
+        self._unparsable += not parsable
+        self._integers = self._integers and error.is_integer()
+        return {"mae": error, "mse": error * error}
+
+    def _generation(self, gold: str, said: str) -> dict[str, float]:
+        gold_tokens = rouge_tokens(gold, self.task.rouge_tokens)
+        said_tokens = rouge_tokens(said, self.task.rouge_tokens)
+        self._beyond_reach += not gold_tokens
+        self._unparsable += not said_tokens
+        rouge_1, rouge_l = _rouge(gold_tokens, said_tokens)
+        values = {"rouge1": rouge_1, "rougeL": rouge_l}
+        if self._meteor is not None:
+            values[meteor_name()] = (
+                self._meteor.of_tokens(gold_tokens, said_tokens)
+                if self.task.rouge_tokens == "characters"
+                else self._meteor.of_texts(gold, said)
+            )
+        return values
+
+
+def rating_error(task: ScoredTask, gold: str, prediction: str, key: str = "") -> tuple[float, bool]:
+    """Return ``|prediction - gold|`` and whether the prediction was a number.
+
+    One that is none counts as the farther end of the task's scale, as LaMP's official code has it for 1 to 5.
+
+    Raises:
+        DataError: the gold is no number.
+    """
+    expected, said = _number(gold), _number(prediction)
+    if expected is None:
+        raise DataError(f"{task.name}: gold {gold!r} of id {key} is no number. Check the outputs.")
+    if said is None:
+        return max(abs(end - expected) for end in _scale(task.labels)), False
+    return abs(said - expected), True
+
+
+@lru_cache(maxsize=64)
+def _scale(labels: tuple[str, ...]) -> tuple[float, float]:
+    ends = [float(label) for label in labels]
+    return (min(ends), max(ends)) if ends else (_LOWEST_RATING, _HIGHEST_RATING)
 
 
 def possible_rating_errors(mae: float, rmse: float, tolerance: float = 1e-9) -> bool:
@@ -196,72 +381,98 @@ def _number(text: str) -> float | None:
     return number if abs(number) < _RATING_LIMIT else None
 
 
-def _generation(task: ScoredTask, golds: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    beyond_reach = sum(not _TOKEN.search(gold.lower()) for gold in golds)
-    if beyond_reach:
-        logger.warning(
-            "%s: %d of %d golds have no ROUGE token and score 0.", task.name, beyond_reach, len(golds)
-        )
-    scores = [rouge(gold, said) for gold, said in zip(golds, predictions, strict=True)]
-    return {
-        "rouge1": math.fsum(score[0] for score in scores) / len(scores),
-        "rougeL": math.fsum(score[1] for score in scores) / len(scores),
-        "unparsable": sum(not _TOKEN.search(said.lower()) for said in predictions) / len(scores),
-    }
+def meteor_name() -> str:
+    """What METEOR is called here: ``meteor``, or ``meteor_stem`` where NLTK's data is not there.
+
+    METEOR as benchmarks report it matches words exactly, then by stem, then by WordNet's synonyms, on tokens of NLTK's
+    ``word_tokenize``, which first parts sentences (Hugging Face's ``evaluate`` does the same). That needs NLTK's
+    ``wordnet`` and ``punkt_tab``. Without both, matching ends with the stems and sentences stay together: another
+    figure, a little lower, and so another name. Decided once for a process.
+    """
+    return _meteor().name
+
+
+def meteor(gold: str, prediction: str) -> float:
+    """METEOR of two texts in [0, 1] (NLTK, alpha 0.9, beta 3, gamma 0.5); :func:`meteor_name` says which kind."""
+    return _meteor().of_texts(gold, prediction)
+
+
+@cache
+def _meteor() -> "_Meteor":
+    return _Meteor()
+
+
+class _Synonyms:
+    """What NLTK asks of WordNet, remembered by word: a look-up in its files takes longer than all the rest."""
+
+    def __init__(self, wordnet: Any) -> None:
+        self._wordnet = wordnet
+        self.synsets = lru_cache(maxsize=200_000)(self._look_up)
+
+    def _look_up(self, word: str) -> tuple["_Synset", ...]:
+        if self._wordnet is None:
+            return ()
+        names = {lemma.name() for synset in self._wordnet.synsets(word) for lemma in synset.lemmas()}
+        return (_Synset(tuple(map(_Lemma, sorted(names)))),) if names else ()
 
 
 @dataclass(frozen=True, slots=True)
-class PairedDifference:
-    """Mean of ``a - b`` over rows, with a 95 % percentile interval over resampled users."""
+class _Lemma:
+    text: str
 
-    mean: float
-    low: float
-    high: float
-    rows: int
-    users: int
-    samples: int
+    def name(self) -> str:
+        return self.text
 
 
-def paired_bootstrap(
-    per_row_a: Sequence[float],
-    per_row_b: Sequence[float],
-    users: Sequence[Hashable],
-    samples: int = 10_000,
-    seed: int = 0,
-) -> PairedDifference:
-    """Compare two systems on the same rows by a bootstrap over *users*: one user's rows are not independent.
+@dataclass(frozen=True, slots=True)
+class _Synset:
+    all_lemmas: tuple[_Lemma, ...]
 
-    Each sample draws as many users as there are, with replacement, with all their rows; its value is the
-    mean of ``a - b`` over the drawn rows. Same seed, same interval.
+    def lemmas(self) -> tuple[_Lemma, ...]:
+        return self.all_lemmas
 
-    Raises:
-        DataError: the lengths differ, a value is not finite, or there are fewer than two users.
-        ConfigError: ``samples`` < 1.
-    """
-    if samples < 1:
-        raise ConfigError(f"samples={samples}: no samples to draw. Use 1,000 or more.")
-    if not len(per_row_a) == len(per_row_b) == len(users):
-        raise DataError(
-            f"paired bootstrap: {len(per_row_a)} and {len(per_row_b)} scores, {len(users)} rows. Align by id."
+
+class _Stems:
+    """NLTK's stemmer, remembered by word."""
+
+    def __init__(self, stem: Callable[[str], str]) -> None:
+        self.stem = lru_cache(maxsize=200_000)(stem)
+
+
+class _Meteor:
+    """NLTK's METEOR with its look-ups remembered."""
+
+    def __init__(self) -> None:
+        from nltk import word_tokenize
+        from nltk.corpus import wordnet
+        from nltk.stem import PorterStemmer
+        from nltk.translate.meteor_score import single_meteor_score
+
+        missing = []
+        for name, load in {
+            "wordnet": lambda: wordnet.synsets("word"),
+            "punkt_tab": lambda: word_tokenize("One. Two."),
+        }.items():
+            try:
+                load()
+            except LookupError:  # NLTK's own, of twenty lines
+                missing.append(name)
+        if missing:
+            logger.warning(
+                "METEOR without NLTK's %s: reported as meteor_stem (exact and stem matches only), not comparable with meteor. "
+                "Get it with `python -m nltk.downloader wordnet punkt_tab`.",
+                " and ".join(missing),
+            )
+        self.name = "meteor_stem" if missing else "meteor"
+        self._tokenize = partial(word_tokenize, preserve_line=bool(missing))
+        self._single = partial(
+            single_meteor_score,
+            stemmer=_Stems(PorterStemmer().stem),
+            wordnet=_Synonyms(None if missing else wordnet),
         )
-    difference = np.asarray(per_row_a, dtype=np.float64) - np.asarray(per_row_b, dtype=np.float64)
-    if not np.isfinite(difference).all():
-        raise DataError("paired bootstrap: a score is not finite. Score the rows again.")
-    order: dict[Hashable, int] = {}
-    user_of_row = np.array([order.setdefault(user, len(order)) for user in users], dtype=np.intp)
-    count = len(order)
-    if count < 2:
-        raise DataError(f"paired bootstrap: {count} user(s) give no interval. Evaluate rows of more users.")
-    sums = np.bincount(user_of_row, weights=difference, minlength=count)
-    rows = np.bincount(user_of_row, minlength=count).astype(np.float64)
 
-    generator = np.random.default_rng(seed)
-    means = np.empty(samples)
-    chunk = max(1, 1_000_000 // count)  # about 8 MB of drawn indices at a time
-    for start in range(0, samples, chunk):
-        drawn = generator.integers(count, size=(min(chunk, samples - start), count))
-        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / rows[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return PairedDifference(
-        float(difference.mean()), float(low), float(high), len(difference), count, samples
-    )
+    def of_texts(self, gold: str, prediction: str) -> float:
+        return self.of_tokens(self._tokenize(gold), self._tokenize(prediction))
+
+    def of_tokens(self, gold: Sequence[str], prediction: Sequence[str]) -> float:
+        return float(self._single(gold, prediction))

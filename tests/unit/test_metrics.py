@@ -15,11 +15,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from tagpr.benchmarks.lamp import TASKS
 from tagpr.errors import ConfigError, DataError
 from tagpr.metrics import (
-    lamp_metrics,
-    paired_bootstrap,
     possible_rating_errors,
     rouge,
     rouge_score,
+    task_metrics,
     task_score,
 )
 
@@ -79,7 +78,7 @@ def test_published_scores_are_reproduced() -> None:
         rows = json.loads(file.read_text(encoding="utf-8"))
         by_user = {row["user_id"]: _published_answer(row["output"]) for row in rows}
         assert len(by_user) == len(golds) == len(rows)
-        metrics = lamp_metrics(
+        metrics = task_metrics(
             TASKS["lamp4"], {row["id"]: row["output"].replace("\n", "") for row in golds}, by_user
         )
         assert metrics["rouge1"] == pytest.approx(published[file.name]["rouge-1"], abs=0.001), file.name
@@ -101,7 +100,7 @@ def test_gold_answers_score_the_maximum(name: str) -> None:
     task = TASKS[name]
     answers = task.labels or ("A Headline, with 3 < 4", "another one", 'Title of a "<i>paper</i>"')
     golds = {str(index): answer for index, answer in enumerate(answers)}
-    metrics = lamp_metrics(task, golds, {key: f" {gold}\n" for key, gold in golds.items()})
+    metrics = task_metrics(task, golds, {key: f" {gold}\n" for key, gold in golds.items()})
     errors = {"mae", "mse", "rmse", "unparsable"}
     assert {key: value for key, value in metrics.items() if key != "rows"} == {
         key: 0.0 if key in errors else 1.0 for key in metrics if key != "rows"
@@ -123,7 +122,7 @@ def test_classification_by_an_independent_count(name: str, data: st.DataObject) 
     said = st.sampled_from((*task.labels, "Comedy", "", "1"))
     pairs = data.draw(st.lists(st.tuples(st.sampled_from(task.labels), said), min_size=1, max_size=40))
     golds, predictions = [gold for gold, _ in pairs], [text for _, text in pairs]
-    metrics = lamp_metrics(task, _rows(golds), _rows(predictions))
+    metrics = task_metrics(task, _rows(golds), _rows(predictions))
     per_label = [slow_f1(golds, predictions, label) for label in task.labels]
     assert metrics["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
     assert metrics["f1_macro"] == pytest.approx(sum(per_label) / len(per_label))
@@ -144,7 +143,7 @@ def test_classification_by_scikit_learn(data: st.DataObject) -> None:
     expected = sklearn.f1_score(
         golds, predictions, labels=list(range(len(labels))), average="macro", zero_division=0
     )
-    metrics = lamp_metrics(TASKS["lamp2"], _rows([a for a, _ in pairs]), _rows([b for _, b in pairs]))
+    metrics = task_metrics(TASKS["lamp2"], _rows([a for a, _ in pairs]), _rows([b for _, b in pairs]))
     assert metrics["f1_macro"] == pytest.approx(expected)
 
 
@@ -164,7 +163,7 @@ def test_rating_by_an_independent_count(pairs: list[tuple[str, str]]) -> None:
         else:
             unparsable += 1
             errors.append({1: 4.0, 2: 3.0, 3: 2.0, 4: 3.0, 5: 4.0}[int(float(gold))])
-    metrics = lamp_metrics(TASKS["lamp3"], _rows([a for a, _ in pairs]), _rows([b for _, b in pairs]))
+    metrics = task_metrics(TASKS["lamp3"], _rows([a for a, _ in pairs]), _rows([b for _, b in pairs]))
     assert metrics["mae"] == pytest.approx(np.mean(np.abs(errors)))
     assert metrics["mse"] == pytest.approx(np.mean(np.square(errors)))
     assert metrics["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))
@@ -193,13 +192,13 @@ def test_inconsistent_rows_are_refused(
     name: str, golds: dict[str, str], predictions: dict[str, str], named: str
 ) -> None:
     with pytest.raises(DataError, match=named) as raised:
-        lamp_metrics(TASKS[name], golds, predictions)
+        task_metrics(TASKS[name], golds, predictions)
     assert str(raised.value).startswith(name)
     assert "\n" not in str(raised.value)
 
 
 def test_generation_counts_empty_answers_and_golds_out_of_reach(caplog: pytest.LogCaptureFixture) -> None:
-    metrics = lamp_metrics(TASKS["lamp7"], {"1": "a b", "2": "🎉"}, {"1": " ", "2": "🎉"})
+    metrics = task_metrics(TASKS["lamp7"], {"1": "a b", "2": "🎉"}, {"1": " ", "2": "🎉"})
     assert metrics == {"rows": 2.0, "rouge1": 0.0, "rougeL": 0.0, "unparsable": 1.0}
     assert "1 of 2 golds" in caplog.text
 
@@ -213,54 +212,3 @@ def test_task_score_by_kind() -> None:
     assert task_score(TASKS["lamp3"], "4", "4.0") == 0.0
     assert task_score(TASKS["lamp2"], "comedy", "Comedy") == 0.0
     assert task_score(TASKS["lamp5"], "a b c", "b a c d", "rougeL") == pytest.approx(4 / 7)
-
-
-def test_bootstrap_equals_a_plain_loop_in_distribution() -> None:
-    rng = np.random.default_rng(1)
-    users = [f"u{n}" for n in rng.integers(0, 30, 200)]
-    shift = {user: rng.normal(0.1, 0.5) for user in set(users)}
-    a = np.array([shift[user] for user in users]) + rng.normal(0, 0.1, 200)
-    b = rng.normal(0, 0.1, 200)
-    result = paired_bootstrap(a.tolist(), b.tolist(), users, samples=4000, seed=3)
-    rows = {user: [i for i, other in enumerate(users) if other == user] for user in set(users)}
-    names = list(rows)
-    loop = []
-    for _ in range(4000):
-        drawn = [i for n in rng.integers(0, len(names), len(names)) for i in rows[names[n]]]
-        loop.append(float(np.mean(a[drawn] - b[drawn])))
-    low, high = np.quantile(loop, [0.025, 0.975])
-    assert result.mean == pytest.approx(float(np.mean(a - b)))
-    assert (result.low, result.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
-    assert (result.rows, result.users, result.samples) == (200, len(names), 4000)
-    # Rows as if independent would give an interval several times narrower: the users are what varies.
-    naive = paired_bootstrap(a.tolist(), b.tolist(), range(200), samples=4000, seed=3)
-    assert result.high - result.low > 1.5 * (naive.high - naive.low)
-
-
-def test_bootstrap_is_seeded_and_needs_no_more_memory_for_more_users() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.random(9000).tolist(), rng.random(9000).tolist()
-    first = paired_bootstrap(a, b, range(9000), samples=300, seed=5)
-    assert first == paired_bootstrap(a, b, range(9000), samples=300, seed=5)
-    assert first != paired_bootstrap(a, b, range(9000), samples=300, seed=6)
-    assert first.low < first.mean < first.high
-    same = paired_bootstrap(a, a, range(9000), samples=300)
-    assert (same.mean, same.low, same.high) == (0.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "users", "samples", "error"),
-    [
-        ([1.0, 0.0], [1.0], ["u", "v"], 10, DataError),
-        ([1.0, 0.0], [1.0, 1.0], ["u"], 10, DataError),
-        ([1.0, float("nan")], [1.0, 1.0], ["u", "v"], 10, DataError),
-        ([1.0, 0.0], [1.0, 1.0], ["u", "u"], 10, DataError),
-        ([], [], [], 10, DataError),
-        ([1.0, 0.0], [1.0, 1.0], ["u", "v"], 0, ConfigError),
-    ],
-)
-def test_bootstrap_refuses(
-    a: list[float], b: list[float], users: list[str], samples: int, error: type[Exception]
-) -> None:
-    with pytest.raises(error):
-        paired_bootstrap(a, b, users, samples=samples)
