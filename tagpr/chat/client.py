@@ -39,6 +39,8 @@ class Reply:
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int | None = None
+    """Part of ``completion_tokens``, where the endpoint reports it: reasoning that it may not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,15 @@ class _PromptDetails(BaseModel):
     cached_tokens: int | None = None
 
 
+class _CompletionDetails(BaseModel):
+    reasoning_tokens: int | None = None
+
+
 class _Usage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
 
 
 class _Completion(BaseModel):
@@ -104,6 +111,9 @@ def read_completion(answer: object) -> Reply | None:
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=(details.cached_tokens or 0) if details else 0,
         completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.completion_tokens_details.reasoning_tokens
+        if usage.completion_tokens_details
+        else None,
     )
 
 
