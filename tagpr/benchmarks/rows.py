@@ -104,6 +104,6 @@ def fingerprint(profile: Sequence[ProfileItem]) -> str:
     return f"{DERIVED_USER}{digest.hexdigest()[:16]}"
 
 
-def first_text(row: Mapping[str, Any], names: Sequence[str]) -> object:
-    """The first of several columns that says something, or None."""
-    return next((row[name] for name in names if is_text(row.get(name))), None)
+def first_scalar(row: Mapping[str, Any], names: Sequence[str]) -> object:
+    """The first of several columns that is there as one piece of text, be it empty, or None."""
+    return next((row[name] for name in names if is_scalar(row.get(name))), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tagpr.benchmarks import lamp
+from tagpr.benchmarks import dianping, lamp, longlamp, pgraphrag
 from tagpr.benchmarks.task import Task
 from tagpr.errors import ConfigError
 from tagpr.schema import ProfileItem
@@ -10,7 +10,7 @@ from tagpr.schema import ProfileItem
 
 def all_tasks() -> dict[str, Task]:
     """Name -> task, benchmark by benchmark."""
-    return dict(lamp.TASKS)
+    return lamp.TASKS | longlamp.TASKS | pgraphrag.TASKS | dianping.TASKS
 
 
 def get_task(name: str) -> Task:
