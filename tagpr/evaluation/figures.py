@@ -11,11 +11,15 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 26
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve of (x, y) points in x order; ``style`` is the number of its colour on the page."""
+    """A named curve of (x, y) points in x order; ``style`` is the number of its colour on the page.
+
+    ``bounds``, where given, are (low, high) of every point, drawn as whiskers.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: int = 0
+    bounds: Sequence[tuple[float, float]] = ()
 
 
 def line_chart(series: Sequence[Series], label: str) -> str:
@@ -66,6 +70,60 @@ def line_chart(series: Sequence[Series], label: str) -> str:
                 title = f"{html.escape(name)}: step {step:g}, {value:.4g}"
                 dot = f'class="dot c{style}" cx="{x:.1f}" cy="{y:.1f}" r="2"'
                 parts.append(f"<circle {dot}><title>{title}</title></circle>")
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def interval_chart(series: Sequence[Series], categories: Sequence[str], label: str, joined: bool) -> str:
+    """SVG of figures with their intervals by category: x of a point is the number of its category.
+
+    Series stand side by side within a category; ``joined`` draws a line through each (for categories with an order).
+    """
+    heights = [y for each in series for _, y in each.points] + [
+        bound for each in series for pair in each.bounds for bound in pair
+    ]
+    heights = [y for y in heights if math.isfinite(y)]
+    if not heights:
+        return ""
+    y_ticks = ticks(min(heights), max(heights), 4)
+    low, high = y_ticks[0], y_ticks[-1]
+    width = (WIDTH - LEFT - RIGHT) / len(categories)
+
+    def across(category: float, number: int) -> float:
+        shift = (number - (len(series) - 1) / 2) * min(9.0, width / (len(series) + 1))
+        return LEFT + (category + 0.5) * width + shift
+
+    def up(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">']
+    for tick in y_ticks:
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
+    for number, name in enumerate(categories):
+        x = LEFT + (number + 0.5) * width
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(name)}</text>'
+        )
+    for number, each in enumerate(series):
+        colour = f"c{each.style}"
+        places = [(across(x, number), up(y)) for x, y in each.points]
+        if joined and len(places) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="curve {colour}" points="{path}"/>')
+        for place, (bottom, top) in enumerate(each.bounds):
+            x = places[place][0]
+            parts.append(
+                f'<line class="curve {colour}" x1="{x:.1f}" x2="{x:.1f}" y1="{up(bottom):.1f}" y2="{up(top):.1f}"/>'
+            )
+        for place, ((x, y), (category, value)) in enumerate(zip(places, each.points, strict=True)):
+            title = f"{each.name}, {categories[int(category)]}: {value:.4g}"
+            if each.bounds:
+                bottom, top = each.bounds[place]
+                title += f" [{bottom:.4g}, {top:.4g}]"
+            dot = f'class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"'
+            parts.append(f"<circle {dot}><title>{html.escape(title)}</title></circle>")
     parts.append("</svg>")
     return "".join(parts)
 

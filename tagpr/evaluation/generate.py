@@ -331,6 +331,8 @@ def answer(
                 reasoning_tokens=rendering.reasoning_tokens(response, len(completion.token_ids)),
                 repetition=repetition_reward(completion.token_ids),
                 finish_reason="stop" if completion.finish_reason == "stop" else "length",
+                thinking=True,
+                thinking_cut=False,
             )
             batch.append(score(generation, example))
             now = time.monotonic()

@@ -11,13 +11,17 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from tagpr.benchmarks.tasks import get_task
 from tagpr.errors import DataError
-from tagpr.evaluation.figures import Series, line_chart
+from tagpr.evaluation.figures import Series, interval_chart, line_chart
 from tagpr.evaluation.rows import Row
-from tagpr.evaluation.score import Summary
-from tagpr.evaluation.tables import SYNTHETIC, Table, tables
+from tagpr.evaluation.score import Summary, SweepPoint
+from tagpr.evaluation.tables import MEASURE_NAMES, METRIC_NAMES, SYNTHETIC, Table, tables
 from tagpr.schema import RewardBreakdown
 from tagpr.tags import parse_segments, vocabulary
+
+# Curves' colours in the page's style sheet: c0, c1, ...
+COLOURS = 6
 
 # A page must open on any machine: longer texts are cut here (and say so), never in the rows' files.
 LONGEST_TEXT = 20_000
@@ -112,13 +116,73 @@ def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path])
         subtitle=html.escape(f"{summary.split} split, {summary.rows_selected:,} rows"),
         banner=banner,
         tables="".join(map(_table, tables(summary))),
+        sweep=_sweep_charts(summary),
         rewards=_reward_curves(metrics),
         losses=_loss_curves(metrics),
         cases="".join(map(_case, cases)) or "<p>No rows to show.</p>",
         legend=" ".join(
             f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary())
         ),
-        hues=_hues(len(vocabulary())),
+        hues=tag_hues(len(vocabulary())),
+    )
+
+
+def _sweep_charts(summary: Summary) -> str:
+    """Every measure over profile lengths, and over retrievers, with intervals (S36)."""
+    if not summary.sweep:
+        return "<p class='gap'>No sweep was asked for (evaluate.sweep).</p>"
+    models = list(dict.fromkeys(point.model for point in summary.sweep))
+    lengths = [point for point in summary.sweep if point.retriever == summary.retriever]
+    retrievers = [point for point in summary.sweep if point.profile_size == summary.profile_size]
+    charts = []
+    for measure in dict.fromkeys(name for point in summary.sweep for name in point.intervals):
+        if measure != "task_score" and measure.split("/")[1] not in METRIC_NAMES:
+            continue
+        task, _, metric = measure.partition("/")
+        shown = f"{get_task(task).title} {METRIC_NAMES[metric]}" if metric else MEASURE_NAMES[measure]
+        for points, axis, joined in (
+            (lengths, "profile items", True),
+            (retrievers, "retriever", False),
+        ):
+            keys = list(
+                dict.fromkeys(
+                    point.profile_size if joined else point.retriever
+                    for point in sorted(points, key=lambda point: point.profile_size)
+                )
+            )
+            if len(keys) < 2:
+                continue
+            series = [
+                _swept(model, number, points, [str(key) for key in keys], measure, joined)
+                for number, model in enumerate(models)
+            ]
+            chart = interval_chart(series, [str(key) for key in keys], f"{shown} by {axis}", joined)
+            if chart:
+                charts.append(
+                    f"<figure><figcaption>{html.escape(shown)}<small>by {axis}</small></figcaption>{chart}</figure>"
+                )
+    key = " ".join(
+        f'<span class="swatch c{number % COLOURS}"></span>{html.escape(model)}'
+        for number, model in enumerate(models)
+    )
+    return f'<p class="key">{key}; whiskers: 95 % intervals over users</p><div class="charts">{"".join(charts)}</div>'
+
+
+def _swept(
+    model: str, number: int, points: Sequence[SweepPoint], keys: Sequence[str], measure: str, joined: bool
+) -> Series:
+    its = {
+        str(point.profile_size if joined else point.retriever): point.intervals[measure]
+        for point in points
+        if point.model == model and measure in point.intervals
+    }
+    present = [(place, its[key]) for place, key in enumerate(keys) if key in its]
+    bounded = all(each.low is not None and each.high is not None for _, each in present)
+    return Series(
+        model,
+        [(float(place), each.mean) for place, each in present],
+        number % COLOURS,
+        [(each.low or 0.0, each.high or 0.0) for _, each in present] if bounded else (),
     )
 
 
@@ -277,7 +341,7 @@ def _tag_marks(tags: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(</?(?:{'|'.join(map(re.escape, tags))})>)")
 
 
-def _hues(tags: int) -> str:
+def tag_hues(tags: int) -> str:
     """Style sheet of the first ``tags`` tags' colours."""
     hues = [*_HUES, *(round(number * 137.5) % 360 for number in range(len(_HUES), tags))]
     return " ".join(f".t{number} {{ --hue: {hue}; }}" for number, hue in enumerate(hues[:tags]))

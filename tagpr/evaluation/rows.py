@@ -40,6 +40,8 @@ class Generation(Record):
     reasoning_tokens: int = Field(description="tokens before </think>, or all of them where it never came")
     repetition: float = Field(description="R_rep over the response's token ids (S25)")
     finish_reason: Literal["stop", "length"]
+    thinking: bool = Field(description="the method reasons before it answers; else the whole response is the answer")
+    thinking_cut: bool = Field(description="the reasoning was ended at evaluate.thinking_tokens")
 
     @property
     def key(self) -> Key:
@@ -51,6 +53,7 @@ class Row(Generation):
     """A generation with its scores; everything added here can be computed again from the generation."""
 
     gold: str
+    history: int = Field(description="items in the user's profile, of which the prompt shows some (S40)")
     seen_user: bool | None = Field(
         description="the user has examples in the training split; None: no such file"
     )

@@ -2,37 +2,45 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from statistics import fmean, stdev
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from tagpr.benchmarks.tasks import get_task, parse_answer
 from tagpr.errors import ConfigError
+from tagpr.evaluation.measures import (
+    LOWER_IS_BETTER,
+    NEUTRAL,
+    Bootstrap,
+    Resampled,
+    Table,
+    simultaneous_intervals,
+    tables,
+)
 from tagpr.evaluation.rows import Generation, Key, Row
-from tagpr.metrics import lamp_metrics, paired_bootstrap, rouge
+from tagpr.metrics import read_answer, task_metrics
 from tagpr.rewards.composite import RewardWeights, guided
 from tagpr.rewards.format import format_reward
 from tagpr.rewards.tag import tag_reward
 from tagpr.rewards.verifiable import verifiable_reward
 from tagpr.schema import Example, PrmuScore, Record, RewardBreakdown
-from tagpr.tags import parse_segments, split_response
+from tagpr.tags import Response, parse_segments, split_response
 
-# Higher is better for all but these.
-LOWER_IS_BETTER = ("mae", "mse", "rmse")
-# Measures whose differences from stage to stage are reported.
-COMPARED = ("task_score", "reward", "well_formed", "reasoning_tokens")
+# Users by the number of items in their profiles: where each group begins (S40).
+HISTORY_FROM = (0, 1, 2, 3, 5, 9, 17, 33)
 
 
 class Group(Record):
-    """Figures of some users only, e.g. those never seen in training (S40)."""
+    """Figures of some users only, e.g. those never seen in training, or those with few items (S40)."""
 
     rows: int
     users: int
     task_score: float
-    well_formed: float
+    well_formed: float | None = Field(description="None: the method does not think")
     reward: float | None = Field(description="as in ModelSummary")
     unknown_user: float | None = Field(description="share that PRMU scored with its unknown user's row")
 
@@ -48,27 +56,47 @@ class RewardParts(Record):
     unknown_user: float | None = Field(description="share that PRMU scored with its unknown user's row")
 
 
+class Interval(Record):
+    """A figure with its 95 % interval over users (and training runs); None with fewer than two users."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
 class ModelSummary(Record):
-    """Figures of one model. With several seeds every figure is the mean over seeds."""
+    """Figures of one model. With several replicates (decoding seeds, training runs) every figure is their mean."""
 
     rows: int
     users: int
-    seeds: list[int | None]
+    thinking: bool
+    replicates: list[str]
+    runs: int = Field(description="training runs among the replicates")
     task_score: float = Field(description="mean over tasks of the task's mean R_v (S23)")
-    task_score_deviation: float | None = Field(description="sample standard deviation over seeds")
+    task_score_deviation: float | None = Field(description="sample standard deviation over replicates")
     reward: float | None = Field(
         description="guided reward (eq. 5), mean over tasks of the task's mean; None: left out"
     )
-    reward_deviation: float | None = Field(description="sample standard deviation over seeds")
+    reward_deviation: float | None = Field(description="sample standard deviation over replicates")
     reward_parts: RewardParts | None
     verifiable: dict[str, float] = Field(description="mean R_v by task")
-    lamp: dict[str, dict[str, float]] = Field(description="LaMP's own metrics by task (S32)")
+    metrics: dict[str, dict[str, float]] = Field(description="the benchmark's own metrics by task (S32)")
+    strict: dict[str, dict[str, float]] = Field(
+        description="the same with answers read as the official code does: white space stripped, nothing else"
+    )
+    intervals: dict[str, Interval] = Field(description="task_score, reward, <task>/<metric>, ...")
     unparsable: float = Field(description="share of answers that say nothing the metric can use")
-    well_formed: float = Field(description="share with R_f = 1 and R_tag = 0")
-    format: float = Field(description="share with R_f = 1")
-    tag: float = Field(description="share with R_tag = 0")
+    unanswered: int = Field(
+        description="rows that the model or its endpoint refused; left out for every model"
+    )
+    well_formed: float | None = Field(
+        description="share with R_f = 1 and R_tag = 0; None: the method does not think"
+    )
+    format: float | None = Field(description="share with R_f = 1")
+    tag: float | None = Field(description="share with R_tag = 0")
     failures: dict[str, int] = Field(description="responses by the first check that failed")
     truncated: int = Field(description="responses that ended at the token limit")
+    over_budget: int = Field(description="responses whose thinking was ended at evaluate.thinking_tokens")
     repetition: float
     response_tokens: float
     reasoning_tokens: float
@@ -77,10 +105,15 @@ class ModelSummary(Record):
     items_used: float = Field(description="profile items in a prompt")
     prompts_shortened: int = Field(description="prompts with items cut to fit")
     groups: dict[str, Group] = Field(description="by users: seen | unseen in training | unknown")
+    histories: dict[str, Group] = Field(description="by the number of items in the user's profile (S40)")
 
 
 class Difference(Record):
-    """Mean of ``model - against`` on the same rows; 95 % interval over users, None with fewer than two."""
+    """``model - against`` on the same rows and users.
+
+    ``low`` and ``high`` are the 95 % interval of this difference alone; the ``corrected`` ones hold for all differences of the
+    measure at once, and so does the p-value. None with fewer than two users.
+    """
 
     model: str
     against: str
@@ -88,6 +121,9 @@ class Difference(Record):
     mean: float
     low: float | None
     high: float | None
+    corrected_low: float | None
+    corrected_high: float | None
+    p_value: float | None
     rows: int
     users: int
 
@@ -99,8 +135,20 @@ class Decoding(Record):
     models: dict[str, ModelSummary]
     differences: list[Difference]
     best: dict[str, str] = Field(
-        description="measure -> label whose interval against the runner-up excludes 0"
+        description="measure -> label whose corrected interval against every other model excludes 0"
     )
+
+
+class SweepPoint(Record):
+    """One model under one condition (S36)."""
+
+    retriever: str
+    profile_size: int
+    model: str
+    rows: int
+    items_used: float
+    prompts_shortened: int
+    intervals: dict[str, Interval] = Field(description="task_score, <task>/<metric>")
 
 
 class Summary(Record):
@@ -110,9 +158,11 @@ class Summary(Record):
     synthetic: bool
     split: str
     tasks: list[str]
+    retriever: str
+    profile_size: int
     rows_selected: int
     rows_left_out: int = Field(
-        description="rows whose query alone exceeds the prompt's budget for some model"
+        description="rows that some model could not answer: the query alone exceeds its budget, or it was refused"
     )
     temperature: float
     bootstrap_resamples: int
@@ -121,22 +171,30 @@ class Summary(Record):
     )
     prmu_version: str | None = Field(description="hash of the PRMU behind the rewards; None: not asked")
     decodings: list[Decoding]
+    sweep: list[SweepPoint]
 
 
 def score_row(generation: Generation, example: Example, seen_user: bool | None) -> Row:
     """Score one response as the reward does in training (S23, S24, S26).
 
+    Without thinking the whole response is the answer, and format and tags are not asked for (0 both).
+
     Raises:
         DataError: the gold answer is empty.
     """
-    response = split_response(generation.response)
+    if generation.thinking:
+        response = split_response(generation.response)
+    else:
+        answer = generation.response.strip()
+        response = Response("", answer, "" if answer else "empty_answer")
     if generation.finish_reason == "length" and not response.problem:
         response = replace(response, problem="truncated")
-    tag, tag_problem = tag_reward(response.reasoning)
+    tag, tag_problem = tag_reward(response.reasoning) if generation.thinking else (0.0, "")
     segments = parse_segments(response.reasoning)
     return Row(
         **generation.model_dump(),
         gold=example.gold,
+        history=len(example.profile),
         seen_user=seen_user,
         reasoning=response.reasoning,
         answer=response.answer,
@@ -178,117 +236,197 @@ def guided_reward(row: Row, weights: RewardWeights, prmu: PrmuScore | None) -> R
 Rewards = Mapping[Key, RewardBreakdown]
 
 
+@dataclass(frozen=True)
+class Replicate:
+    """One pass of a model over the rows: one decoding seed of one training run. Each row occurs once."""
+
+    rows: Sequence[Row]
+    rewards: Rewards | None = None
+    run: int = 0
+
+    @property
+    def seed(self) -> int | None:
+        """Of the decoding; None: greedy."""
+        return self.rows[0].seed
+
+    def scored(self) -> "list[Scored]":
+        """Its rows with their rewards."""
+        return [Scored(row, None if self.rewards is None else self.rewards[row.key]) for row in self.rows]
+
+    def reward_values(self) -> dict[str, float] | None:
+        """Guided reward by row id."""
+        if self.rewards is None:
+            return None
+        return {row.id: self.rewards[row.key].reward for row in self.rows}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row and its reward, where rewards are wanted."""
+
+    row: Row
+    reward: RewardBreakdown | None
+
+
 def summarise(
-    rows: Mapping[str, Sequence[Row]],
+    models: Mapping[str, Sequence[Replicate]],
     resamples: int,
     seed: int,
     decoding: Literal["greedy", "sampled"],
-    rewards: Mapping[str, Rewards] | None = None,
+    unanswered: Mapping[str, int] | None = None,
 ) -> Decoding:
-    """Figures of every model (label -> rows, in the order of training) and of the differences that matter.
+    """Figures of every model (label -> replicates, in the order of training) and of the differences that matter.
 
-    The rows must be the same (id, seed) for every model, and ``rewards`` (label -> key -> guided reward), where
-    given, must hold all of them. Each model is compared with the one before it and with the first.
+    The rows must be the same for every replicate of every model. Each model is compared with the one before it and with the
+    first; ``best`` compares all with all. ``unanswered``: rows by label that the model refused.
     """
-    its_rewards = {label: None if rewards is None else rewards[label] for label in rows}
-    keys = {label: {row.key for row in model} for label, model in rows.items()}
-    assert all(these == next(iter(keys.values())) for these in keys.values()), "rows differ"
-    models = {label: summarise_model(model, its_rewards[label]) for label, model in rows.items()}
-    values = {label: _measures(model, its_rewards[label]) for label, model in rows.items()}
-    users = {row.id: row.user_id for row in next(iter(rows.values()))}
+    ids = [{row.id for row in replicate.rows} for replicates in models.values() for replicate in replicates]
+    assert all(these == ids[0] for these in ids), "rows differ"
+    bootstrap = Bootstrap(resamples, seed)
+    resampled = {
+        label: resample(replicates, bootstrap, number)
+        for number, (label, replicates) in enumerate(models.items())
+    }
+    shared = set.intersection(*(set(its) for its in resampled.values()))
+    labels = list(models)
+    pairs = [(after, before) for before, after in pairwise(labels)]
+    pairs += [(label, labels[0]) for label in labels[2:]]
+    pairs.sort(key=lambda pair: labels.index(pair[0]))
+    differences = [
+        difference
+        for measure in next(iter(resampled.values()))
+        if measure in shared
+        for difference in _differences(measure, pairs, resampled)
+    ]
+    best = {}
+    for measure in next(iter(resampled.values())):
+        if measure in shared and measure not in NEUTRAL and len(labels) > 1:
+            leader = _leader(measure, labels, resampled)
+            if leader:
+                best[measure] = leader
+    return Decoding(
+        name=decoding,
+        models={
+            label: summarise_model(replicates, resampled[label], (unanswered or {}).get(label, 0))
+            for label, replicates in models.items()
+        },
+        differences=differences,
+        best=best,
+    )
 
-    def difference(model: str, against: str, measure: str) -> Difference:
-        ids = sorted(values[model][measure])
-        a, b = ([values[label][measure][id_] for id_ in ids] for label in (model, against))
-        these = [users[id_] for id_ in ids]
-        if len(set(these)) < 2:
-            low = high = None
-            mean = fmean(a) - fmean(b)
-        else:
-            found = paired_bootstrap(a, b, these, samples=resamples, seed=seed)
-            mean, low, high = found.mean, found.low, found.high
-        return Difference(
+
+def resample(replicates: Sequence[Replicate], bootstrap: Bootstrap, model: int) -> dict[str, Resampled]:
+    """Every measure of one model, resampled over users and training runs."""
+    runs: dict[int, list[dict[str, Table]]] = {}
+    for replicate in replicates:
+        found = tables(replicate.rows, replicate.reward_values())
+        runs.setdefault(replicate.run, []).append(found)
+    measures = next(iter(runs.values()))[0]
+    return {
+        measure: bootstrap.measure([[each[measure] for each in its] for its in runs.values()], model)
+        for measure in measures
+    }
+
+
+def _differences(
+    measure: str, pairs: Sequence[tuple[str, str]], resampled: Mapping[str, Mapping[str, Resampled]]
+) -> list[Difference]:
+    if not pairs:
+        return []
+    sides = [(resampled[model][measure], resampled[against][measure]) for model, against in pairs]
+    means = np.array([a.value - b.value for a, b in sides])
+    first = sides[0][0]
+    found = None
+    if first.samples is not None:
+        found = simultaneous_intervals(
+            means,
+            np.stack([a.samples - b.samples for a, b in sides], axis=1),  # type: ignore[operator]
+        )
+    return [
+        Difference(
             model=model,
             against=against,
             measure=measure,
-            mean=mean,
-            low=low,
-            high=high,
-            rows=len(ids),
-            users=len(set(these)),
+            mean=float(means[number]),
+            low=None if found is None else float(found.low[number]),
+            high=None if found is None else float(found.high[number]),
+            corrected_low=None if found is None else float(found.corrected_low[number]),
+            corrected_high=None if found is None else float(found.corrected_high[number]),
+            p_value=None if found is None else float(found.p_value[number]),
+            rows=first.rows,
+            users=first.users,
         )
-
-    labels = list(rows)
-    pairs = [(after, before) for before, after in pairwise(labels)]
-    pairs += [(label, labels[0]) for label in labels[2:]]
-    differences = [
-        difference(model, against, measure)
-        for measure in COMPARED
-        if all(measure in model for model in values.values())
-        for model, against in sorted(pairs, key=lambda pair: labels.index(pair[0]))
+        for number, (model, against) in enumerate(pairs)
     ]
-    return Decoding(
-        name=decoding, models=models, differences=differences, best=_best(labels, values, difference)
+
+
+def _leader(
+    measure: str, labels: Sequence[str], resampled: Mapping[str, Mapping[str, Resampled]]
+) -> str | None:
+    """The best model, if its lead over every other holds when all pairs are looked at: the data chose the leader, too."""
+    sign = -1 if measure.endswith(LOWER_IS_BETTER) else 1
+    first = max(labels, key=lambda label: sign * resampled[label][measure].value)
+    found = _differences(measure, list(combinations(labels, 2)), resampled)
+    for each in found:
+        if first in (each.model, each.against):
+            if each.corrected_low is None or each.corrected_high is None:
+                return None
+            if each.corrected_low <= 0 <= each.corrected_high:
+                return None
+    return first
+
+
+def interval(resampled: Resampled) -> Interval:
+    """A figure with its percentile interval."""
+    if resampled.samples is None:
+        return Interval(mean=resampled.value, low=None, high=None)
+    low, high = np.quantile(resampled.samples, [0.025, 0.975])
+    return Interval(mean=resampled.value, low=float(low), high=float(high))
+
+
+def summarise_model(
+    replicates: Sequence[Replicate], resampled: Mapping[str, Resampled] | None = None, unanswered: int = 0
+) -> ModelSummary:
+    """Figures of one model on at least one row; of eq. 5 too, where the replicates have rewards."""
+    by_replicate = [replicate.scored() for replicate in replicates]
+    scored = [each for its in by_replicate for each in its]
+    rows = [each.row for each in scored]
+    scores = [_over_tasks(its, _task_score) for its in by_replicate]
+    rewarded = all(replicate.rewards is not None for replicate in replicates)
+    rewards = [_over_tasks(its, _reward) for its in by_replicate] if rewarded else []
+    tasks = sorted({row.task for row in rows})
+    metrics, strict = (
+        {task: _mean_of([_metrics(task, its, reading) for its in by_replicate]) for task in tasks}
+        for reading in ("lenient", "official")
     )
-
-
-def _best(
-    labels: Sequence[str],
-    values: Mapping[str, Mapping[str, Mapping[str, float]]],
-    difference: Callable[[str, str, str], Difference],
-) -> dict[str, str]:
-    best: dict[str, str] = {}
-    if len(labels) < 2:
-        return best
-    for measure in values[labels[0]]:
-        if measure == "reasoning_tokens":
-            continue  # fewer is cheaper, not better
-        sign = -1 if measure.endswith(LOWER_IS_BETTER) else 1
-        mean = {label: sign * fmean(values[label][measure].values()) for label in labels}
-        first, second = sorted(labels, key=lambda label: mean[label], reverse=True)[:2]
-        lead = difference(first, second, measure)
-        if lead.low is not None and lead.high is not None and (lead.low > 0 or lead.high < 0):
-            best[measure] = first
-    return best
-
-
-def summarise_model(rows: Sequence[Row], rewards: Rewards | None = None) -> ModelSummary:
-    """Figures of one model on at least one row; with ``rewards``, one for every row, those of eq. 5 too."""
-    seeds = sorted({row.seed for row in rows}, key=lambda seed: -1 if seed is None else seed)
-    by_seed = [_by_task(row for row in rows if row.seed == seed) for seed in seeds]
-    scores = [_over_tasks(tasks, lambda row: row.verifiable) for tasks in by_seed]
-    guided_rewards = (
-        []
-        if rewards is None
-        else [_over_tasks(tasks, lambda row: rewards[row.key].reward) for tasks in by_seed]
-    )
-    lamp = {
-        task: _mean_of([_lamp(task, tasks[task]) for tasks in by_seed])
-        for task in sorted({row.task for row in rows})
-    }
+    thinking = all(row.thinking for row in rows)
     parsed = [row for row in rows if row.tags]
     segments = sum((Counter(row.tags) for row in parsed), Counter[str]())
     return ModelSummary(
         rows=len({row.id for row in rows}),
         users=len({row.user_id for row in rows}),
-        seeds=list(seeds),
+        thinking=thinking,
+        replicates=[_name(replicate, replicates) for replicate in replicates],
+        runs=len({replicate.run for replicate in replicates}),
         task_score=fmean(scores),
         task_score_deviation=stdev(scores) if len(scores) > 1 else None,
-        reward=fmean(guided_rewards) if guided_rewards else None,
-        reward_deviation=stdev(guided_rewards) if len(guided_rewards) > 1 else None,
-        reward_parts=None if rewards is None else _parts(rows, rewards),
-        verifiable={
-            task: fmean(row.verifiable for row in these) for task, these in sorted(_by_task(rows).items())
-        },
-        lamp=lamp,
+        reward=fmean(rewards) if rewards else None,
+        reward_deviation=stdev(rewards) if len(rewards) > 1 else None,
+        reward_parts=_parts(scored) if rewarded else None,
+        verifiable={task: fmean(row.verifiable for row in rows if row.task == task) for task in tasks},
+        metrics=metrics,
+        strict=strict,
+        intervals={measure: interval(each) for measure, each in (resampled or {}).items()},
         unparsable=sum(
-            lamp[task]["unparsable"] * len(these) / len(rows) for task, these in _by_task(rows).items()
+            metrics[task]["unparsable"] * sum(row.task == task for row in rows) / len(rows) for task in tasks
         ),
-        well_formed=fmean(map(_well_formed, rows)),
-        format=fmean(row.format for row in rows),
-        tag=fmean(row.tag == 0.0 for row in rows),
+        unanswered=unanswered,
+        well_formed=fmean(map(_well_formed, rows)) if thinking else None,
+        format=fmean(row.format for row in rows) if thinking else None,
+        tag=fmean(row.tag == 0.0 for row in rows) if thinking else None,
         failures=dict(Counter(row.failure for row in rows if row.failure).most_common()),
         truncated=sum(row.finish_reason == "length" for row in rows),
+        over_budget=sum(row.thinking_cut for row in rows),
         repetition=fmean(row.repetition for row in rows),
         response_tokens=fmean(row.response_tokens for row in rows),
         reasoning_tokens=fmean(row.reasoning_tokens for row in rows),
@@ -296,66 +434,84 @@ def summarise_model(rows: Sequence[Row], rewards: Rewards | None = None) -> Mode
         segments=segments.total() / len(parsed) if parsed else 0.0,
         items_used=fmean(row.items_used for row in rows),
         prompts_shortened=len({row.id for row in rows if row.items_shortened}),
-        groups={name: _group(these, rewards) for name, these in _by_seen(rows).items() if these},
+        groups={name: _group(these) for name, these in _by_seen(scored).items() if these},
+        histories={name: _group(these) for name, these in _by_history(scored).items() if these},
     )
 
 
-def _over_tasks(tasks: Mapping[str, Sequence[Row]], value: Callable[[Row], float]) -> float:
-    return fmean(fmean(map(value, rows)) for rows in tasks.values())
+def _name(replicate: Replicate, among: Sequence[Replicate]) -> str:
+    decoding = "greedy" if replicate.seed is None else f"seed {replicate.seed}"
+    return f"run {replicate.run + 1}, {decoding}" if any(each.run for each in among) else decoding
 
 
-def _parts(rows: Sequence[Row], rewards: Rewards) -> RewardParts:
-    tasks = _by_task(rows)
+def _over_tasks(scored: Iterable[Scored], value: Callable[[Scored], float]) -> float:
+    by_task: dict[str, list[float]] = {}
+    for each in scored:
+        by_task.setdefault(each.row.task, []).append(value(each))
+    return fmean(map(fmean, by_task.values()))
+
+
+def _task_score(scored: Scored) -> float:
+    return scored.row.verifiable
+
+
+def _reward(scored: Scored) -> float:
+    assert scored.reward is not None
+    return scored.reward.reward
+
+
+def _prmu(scored: Scored) -> float:
+    assert scored.reward is not None
+    assert scored.reward.prmu is not None, "some rows without PRMU's score"
+    return scored.reward.prmu
+
+
+def _parts(scored: Sequence[Scored]) -> RewardParts:
+    asked = scored[0].reward is not None and scored[0].reward.prmu is not None
     return RewardParts(
-        verifiable=_over_tasks(tasks, lambda row: row.verifiable),
-        repetition=_over_tasks(tasks, lambda row: row.repetition),
-        format=_over_tasks(tasks, lambda row: row.format),
-        tag=_over_tasks(tasks, lambda row: row.tag),
-        prmu=_mean_where_asked(rows, lambda row: rewards[row.key].prmu),
-        unknown_user=_unknown_share(rows, rewards),
+        verifiable=_over_tasks(scored, _task_score),
+        repetition=_over_tasks(scored, lambda each: each.row.repetition),
+        format=_over_tasks(scored, lambda each: each.row.format),
+        tag=_over_tasks(scored, lambda each: each.row.tag),
+        prmu=_over_tasks(scored, _prmu) if asked else None,
+        unknown_user=_unknown_share(scored),
     )
 
 
-def _mean_where_asked(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
-    """Mean over tasks; None where PRMU was not asked, which holds for all rows or for none."""
-    tasks = [[value(row) for row in task] for task in _by_task(rows).values()]
-    if tasks[0][0] is None:
-        return None
-    numbers = [[number for number in task if number is not None] for task in tasks]
-    assert [len(task) for task in numbers] == [len(task) for task in tasks], "some rows without PRMU's score"
-    return fmean(map(fmean, numbers))
-
-
-def _unknown_share(rows: Sequence[Row], rewards: Rewards) -> float | None:
+def _unknown_share(scored: Sequence[Scored]) -> float | None:
     """Plain share of rows, unlike the means over tasks: it says how many, not how good."""
-    unknown = [rewards[row.key].prmu_unknown_user for row in rows]
+    unknown = [None if each.reward is None else each.reward.prmu_unknown_user for each in scored]
     return None if unknown[0] is None else fmean(bool(each) for each in unknown)
 
 
-def _by_task(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    tasks: dict[str, list[Row]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
-
-
-def _by_seen(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_seen(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
     return {
-        "seen": [row for row in rows if row.seen_user is True],
-        "unseen": [row for row in rows if row.seen_user is False],
-        "unknown": [row for row in rows if row.seen_user is None],
+        "seen": [each for each in scored if each.row.seen_user is True],
+        "unseen": [each for each in scored if each.row.seen_user is False],
+        "unknown": [each for each in scored if each.row.seen_user is None],
     }
 
 
-def _group(rows: Sequence[Row], rewards: Rewards | None) -> Group:
-    tasks = _by_task(rows)
+def _by_history(scored: Sequence[Scored]) -> dict[str, list[Scored]]:
+    groups: dict[str, list[Scored]] = {}
+    for low, high in zip(HISTORY_FROM, (*HISTORY_FROM[1:], None), strict=True):
+        name = f"{low}+" if high is None else f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        groups[name] = [
+            each for each in scored if each.row.history >= low and (high is None or each.row.history < high)
+        ]
+    return groups
+
+
+def _group(scored: Sequence[Scored]) -> Group:
+    rewarded = all(each.reward is not None for each in scored)
+    thinking = all(each.row.thinking for each in scored)
     return Group(
-        rows=len({row.id for row in rows}),
-        users=len({row.user_id for row in rows}),
-        task_score=_over_tasks(tasks, lambda row: row.verifiable),
-        well_formed=fmean(map(_well_formed, rows)),
-        reward=None if rewards is None else _over_tasks(tasks, lambda row: rewards[row.key].reward),
-        unknown_user=None if rewards is None else _unknown_share(rows, rewards),
+        rows=len({each.row.id for each in scored}),
+        users=len({each.row.user_id for each in scored}),
+        task_score=_over_tasks(scored, _task_score),
+        well_formed=fmean(_well_formed(each.row) for each in scored) if thinking else None,
+        reward=_over_tasks(scored, _reward) if rewarded else None,
+        unknown_user=_unknown_share(scored),
     )
 
 
@@ -363,45 +519,18 @@ def _well_formed(row: Row) -> float:
     return float(row.format == 1.0 and row.tag == 0.0)
 
 
-def _lamp(task: str, rows: Sequence[Row]) -> dict[str, float]:
-    return lamp_metrics(
-        get_task(task), {row.id: row.gold for row in rows}, {row.id: row.parsed for row in rows}
+def _metrics(task: str, scored: Sequence[Scored], reading: str) -> dict[str, float]:
+    rows = [each.row for each in scored if each.row.task == task]
+    spec = get_task(task)
+    return task_metrics(
+        spec,
+        {row.id: row.gold for row in rows},
+        {
+            row.id: row.parsed if reading == "lenient" else read_answer(spec, row.answer, "official")
+            for row in rows
+        },
     )
 
 
 def _mean_of(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(each[name] for each in metrics) for name in metrics[0]}
-
-
-def _measures(rows: Sequence[Row], rewards: Rewards | None) -> dict[str, dict[str, float]]:
-    """Per-row values, measure -> id -> mean over seeds, of all that is a mean over rows.
-
-    ``task_score`` and ``reward`` are means over tasks, so a row weighs N / (number of tasks * rows of its task).
-    F1 is no mean of rows and therefore gets no interval here; RMSE goes with the squared error.
-    """
-    tasks = _by_task(rows)
-    values: dict[str, dict[str, list[float]]] = {}
-
-    def add(measure: str, row: Row, value: float) -> None:
-        values.setdefault(measure, {}).setdefault(row.id, []).append(value)
-
-    for row in rows:
-        weight = len(rows) / (len(tasks) * len(tasks[row.task]))
-        add("task_score", row, row.verifiable * weight)
-        if rewards is not None:
-            add("reward", row, rewards[row.key].reward * weight)
-        add("well_formed", row, _well_formed(row))
-        add("reasoning_tokens", row, row.reasoning_tokens)
-        for metric, value in _row_metrics(row).items():
-            add(f"{row.task}/{metric}", row, value)
-    return {measure: {id_: fmean(seeds) for id_, seeds in by_id.items()} for measure, by_id in values.items()}
-
-
-def _row_metrics(row: Row) -> dict[str, float]:
-    task = get_task(row.task)
-    if task.kind == "generation":
-        return dict(zip(("rouge1", "rougeL"), rouge(row.gold, row.parsed), strict=True))
-    metrics = lamp_metrics(task, {row.id: row.gold}, {row.id: row.parsed})
-    if task.kind == "classification":
-        return {"accuracy": metrics["accuracy"]}
-    return {"mae": metrics["mae"], "mse": metrics["mse"], "rmse": metrics["mse"]}

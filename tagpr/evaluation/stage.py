@@ -2,14 +2,14 @@
 
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,15 +28,27 @@ from tagpr.evaluation.generate import (
     answer,
     in_own_process,
 )
+from tagpr.evaluation.measures import Bootstrap
+from tagpr.evaluation.methods import Method, read_methods, settings_of
 from tagpr.evaluation.prmu_scores import Answered, BackgroundServer, prmu_scores
 from tagpr.evaluation.rows import Key, Row, RowFile
-from tagpr.evaluation.score import Decoding, Rewards, Summary, guided_reward, score_row, summarise
+from tagpr.evaluation.score import (
+    Decoding,
+    Replicate,
+    Rewards,
+    Summary,
+    SweepPoint,
+    guided_reward,
+    interval,
+    resample,
+    score_row,
+    summarise,
+)
 from tagpr.evaluation.tables import markdown
 from tagpr.rewards.composite import RewardWeights
 from tagpr.runs import (
     check_model_folder,
     file_hash,
-    folder_hash,
     manifest,
     write_json_atomically,
     write_text_atomically,
@@ -46,46 +58,69 @@ from tagpr.tags import vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Which recipe leaves the folder that a label stands for; a label of the user's own comes from elsewhere.
-RECIPES = {
-    "base": "base.sh",
-    "sft": "sft.sh",
-    "guided": "guided_rl.sh",
-    "exploratory": "exploratory_rl.sh",
-}
+
+@dataclass(frozen=True)
+class Condition:
+    """What every model is shown (S36)."""
+
+    retriever: str
+    profile_size: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.retriever}-{self.profile_size}"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One condition of one model: where its rows go, and what determines them."""
+
+    condition: Condition
+    path: Path
+    settings: dict[str, Any]
+    prompts: PromptSettings
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model's share of the work; plain data, so that it can go to a process of its own."""
+    """One training run of one method with all its passes, the first of them under the benchmark's own condition.
 
-    label: str
-    model: str
-    path: Path
-    settings: dict[str, Any]
+    Plain data, so that it can go to a process of its own.
+    """
+
+    method: Method
+    run: int
+    passes: tuple[Pass, ...]
     when_changed: Literal["redo", "refuse"]
-    prompts: PromptSettings
     engine: EngineSettings
     temperature: float
     seeds: tuple[int | None, ...]
     log: Path
+
+    @property
+    def name(self) -> str:
+        """For messages and files: the method's label, with the number of the run from the second on."""
+        return self.method.label if self.run == 0 else f"{self.method.label}-run{self.run + 1}"
 
 
 def run(config: DictConfig) -> None:
     """Answer a split's rows with every model; leave ``<label>.jsonl``, summary.json, table.md and report.html.
 
     Raises:
-        ConfigError: no model, no way to decode, or an unknown label.
+        ConfigError: no model, no way to decode, or an unknown label, retriever or profile size.
         StageError: a model's folder, PRMU or the examples are missing, or rows were made under other settings.
         DataError: the examples or the rows' files are damaged.
         RewardServerError: PRMU's score of a response cannot be had.
     """
     settings = config.evaluate
     directory = Path(config.run.dir)
-    models = _models(config)
+    methods = read_methods(config)
     seeds = _seeds(config)
     weights = _reward_weights(config)
-    if weights is not None and weights.gamma != 0:
+    rewarded = {label for label, method in methods.items() if weights is not None and method.thinking}
+    asks_prmu = weights is not None and weights.gamma != 0 and bool(rewarded)
+    if asks_prmu:
         check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
     data = examples_file(config.paths.examples, settings.split)
     if not data.is_file():
@@ -97,78 +132,53 @@ def run(config: DictConfig) -> None:
             f"{data}: holds no row of benchmark.tasks={list(config.benchmark.tasks)}. Name others."
         )
     seen = seen_users(examples_file(config.paths.examples, "train"))
-    prompts = PromptSettings(
-        profile_size=config.benchmark.profile_size,
-        retriever=config.benchmark.retriever,
-        max_prompt_tokens=config.benchmark.max_prompt_tokens,
-        max_response_tokens=config.benchmark.max_response_tokens,
-        seed=config.run.seed,
-    )
+    conditions = read_conditions(config)
     engine = EngineSettings(**{str(key): value for key, value in settings.engine.items()})
     logger.info(
-        "%s of %s: %d of %d rows, models %s, %s",
+        "%s of %s: %d of %d rows, models %s, %s, %s",
         settings.split,
         config.benchmark.name,
         len(selected),
         len(examples),
-        ", ".join(models),
+        ", ".join(methods),
         ", ".join("greedy" if seed is None else f"seed {seed}" for seed in seeds),
+        ", ".join(condition.name for condition in conditions),
     )
     write_text_atomically(directory / "config.yaml", OmegaConf.to_yaml(config))
-    jobs = [
-        Job(
-            label=label,
-            model=model,
-            path=directory / f"{label}.jsonl",
-            settings={
-                "model": folder_hash(Path(model)) if Path(model).is_dir() else model,
-                "data": file_hash(data),
-                **asdict(prompts),
-                "temperature": settings.temperature,
-                "dtype": engine.dtype,
-                # Rows from before this key may lack what the reward would have seen.
-                "special_tokens": "kept",
-                # The prompts are neutralised for these tags, and the rows scored by them.
-                "tags": list(vocabulary()),
-            },
-            when_changed=settings.when_changed,
-            prompts=prompts,
-            engine=engine,
-            temperature=settings.temperature,
-            seeds=seeds,
-            log=directory / "engine.log",
-        )
-        for label, model in models.items()
-    ]
-    rows: dict[str, list[Row]] = {}
+    jobs = _jobs(config, methods, conditions, engine, seeds, file_hash(data))
+    rows: dict[tuple[str, Condition], list[Row]] = {}
     with BackgroundServer(config.paths.prmu, directory) as server:
-        asks_prmu = weights is not None and weights.gamma != 0
         for job in jobs:
-            if engine.process_per_model if engine.process_per_model is not None else _has_gpu():
+            offline = job.method.endpoint is None
+            own_process = engine.process_per_model if engine.process_per_model is not None else _has_gpu()
+            if offline and own_process:
                 in_own_process(answer_with, job=job, selected=selected, seen=seen)
             else:
                 # On a GPU the two would want the same memory; elsewhere the server starts while vLLM does.
                 beside = server.start if asks_prmu and not _has_gpu() else None
                 answer_with(job=job, selected=selected, seen=seen, beside=beside)
-            rows[job.label] = scored_rows(job, examples, seen)
+            for each in job.passes:
+                rows[job.name, each.condition] = scored_rows(each, examples, seen)
             server.check()
-        rewards: dict[str, Rewards] | None = None
+        main = {job.name: rows[job.name, conditions[0]] for job in jobs}
+        rewards: dict[str, Rewards] = {}
         version = None
-        if weights is not None:
+        if weights is not None and rewarded:
+            asked = [job for job in jobs if job.method.label in rewarded]
             prmu: dict[str, dict[Key, PrmuScore]] = {}
             if asks_prmu:
-                version, prmu = _ask_prmu(config, jobs, rows, selected, server)
-            rewards = _rewards(rows, selected, seeds, weights, prmu)
+                version, prmu = _ask_prmu(config, asked, main, selected, server)
+            rewards = _rewards({job.name: main[job.name] for job in asked}, selected, seeds, weights, prmu)
 
-    summary = _summary(config, rows, selected, seeds, weights, version, rewards)
+    summary = _summary(config, jobs, rows, selected, seeds, weights, version, rewards)
     text = markdown(summary)
     write_json_atomically(directory / "summary.json", summary.model_dump())
     write_text_atomically(directory / "table.md", text)
-    write_text_atomically(
-        directory / "report.html",
-        _page(config, summary, rows, rewards, selected, prompts, list(models.values())),
-    )
-    inputs = {"examples": data, **{label: Path(model) for label, model in models.items()}}
+    write_text_atomically(directory / "report.html", _page(config, summary, jobs, main, rewards, selected))
+    inputs = {
+        "examples": data,
+        **{job.name: Path(job.method.model) for job in jobs if not job.method.endpoint},
+    }
     if version is not None:
         inputs["prmu"] = Path(config.paths.prmu)
     record = manifest("evaluate", inputs, config.run.seed, synthetic=config.benchmark.synthetic)
@@ -176,6 +186,87 @@ def run(config: DictConfig) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
     logger.info("written: %s/{%s}", directory, "table.md, summary.json, report.html")
+
+
+def read_conditions(config: DictConfig) -> list[Condition]:
+    """The benchmark's own condition first, then those of ``evaluate.sweep`` that differ from it.
+
+    Profile sizes are swept with the benchmark's retriever and retrievers with its size, as in the paper (Figure 4);
+    ``evaluate.sweep.product`` takes every pair.
+
+    Raises:
+        ConfigError: a size or retriever that cannot be meant.
+    """
+    own = Condition(str(config.benchmark.retriever), int(config.benchmark.profile_size))
+    sweep = config.evaluate.sweep
+    sizes, retrievers = list(sweep.profile_sizes), [str(name) for name in sweep.retrievers]
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise ConfigError(f"evaluate.sweep.profile_sizes={size}: is no number of items. Use 0 or more.")
+    if sweep.product:
+        swept = [
+            Condition(name, size)
+            for name in retrievers or [own.retriever]
+            for size in sizes or [own.profile_size]
+        ]
+    else:
+        swept = [Condition(own.retriever, size) for size in sizes]
+        swept += [Condition(name, own.profile_size) for name in retrievers]
+    return list(dict.fromkeys([own, *swept]))
+
+
+def _jobs(
+    config: DictConfig,
+    methods: Mapping[str, Method],
+    conditions: Sequence[Condition],
+    engine: EngineSettings,
+    seeds: tuple[int | None, ...],
+    data: str,
+) -> list[Job]:
+    settings = config.evaluate
+    directory = Path(config.run.dir)
+    jobs = []
+    for label, method in methods.items():
+        for number, model in enumerate(method.runs):
+            name = label if number == 0 else f"{label}-run{number + 1}"
+            passes = []
+            for place, condition in enumerate(conditions):
+                if place and method.profile_size is not None:
+                    continue  # zero-shot is zero-shot under every condition
+                prompts = PromptSettings(
+                    profile_size=condition.profile_size
+                    if method.profile_size is None
+                    else method.profile_size,
+                    retriever=condition.retriever,
+                    max_prompt_tokens=config.benchmark.max_prompt_tokens,
+                    max_response_tokens=config.benchmark.max_response_tokens,
+                    seed=config.run.seed,
+                )
+                folder = directory / "sweep" / condition.name if place else directory
+                determined = {
+                    "data": data,
+                    **asdict(prompts),
+                    "temperature": settings.temperature,
+                    "dtype": engine.dtype,
+                    "thinking_tokens": settings.thinking_tokens,
+                    # Scores of kept rows depend on it, and a trained model's answers do.
+                    "tags": dict(vocabulary()),
+                    **settings_of(method, model),
+                }
+                passes.append(Pass(condition, folder / f"{name}.jsonl", determined, prompts))
+            jobs.append(
+                Job(
+                    method=replace(method, model=model, seeds_of=()),
+                    run=number,
+                    passes=tuple(passes),
+                    when_changed=settings.when_changed,
+                    engine=engine,
+                    temperature=settings.temperature,
+                    seeds=seeds,
+                    log=directory / "engine.log",
+                )
+            )
+    return jobs
 
 
 def select_evenly(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -213,35 +304,48 @@ def answer_with(
     seen: frozenset[str] | None,
     beside: Callable[[], None] | None = None,
 ) -> int:
-    """Answer what one model still has to answer; returns the number of rows. ``beside`` is called if there are any."""
+    """Answer what one model still has to answer, under all conditions with one engine; returns the number of rows.
 
-    def renderer() -> PromptRenderer:
-        if beside is not None:
-            beside()
-        return PromptRenderer(job.model, job.prompts)
+    ``beside`` is called if there are any.
+    """
+    done = 0
+    # Everything that vLLM and its libraries write goes to a file; our own lines stay on the terminal.
+    with library_output_to(job.log), ExitStack() as stack:
+        opened: list[Engine] = []
 
-    def engine() -> AbstractContextManager[Engine]:
-        return VllmEngine(job.model, job.engine, job.prompts, job.temperature)
+        def engine() -> AbstractContextManager[Engine]:
+            if not opened:
+                if beside is not None:
+                    beside()
+                opened.append(
+                    stack.enter_context(
+                        VllmEngine(job.method.model, job.engine, job.passes[0].prompts, job.temperature)
+                    )
+                )
+            return nullcontext(opened[0])
 
-    with RowFile(job.path, job.settings, job.when_changed) as file:
-        # Everything that vLLM and its libraries write goes to a file; our own lines stay on the terminal.
-        with library_output_to(job.log):
-            return answer(
-                label=job.label,
-                examples=selected,
-                seeds=job.seeds,
-                file=file,
-                renderer=renderer,
-                engine=engine,
-                score=lambda generation, example: score_row(generation, example, _is_seen(example, seen)),
-                write_every_s=job.engine.write_every_s,
-            )
+        for each in job.passes:
+            with RowFile(each.path, each.settings, job.when_changed) as file:
+                done += answer(
+                    label=job.name if each is job.passes[0] else f"{job.name}, {each.condition.name}",
+                    examples=selected,
+                    # Sampled answers belong to the main condition: a sweep compares greedy ones.
+                    seeds=job.seeds if each is job.passes[0] else job.seeds[:1],
+                    file=file,
+                    renderer=lambda prompts=each.prompts: PromptRenderer(  # type: ignore[misc]
+                        job.method.prompt_tokenizer, prompts
+                    ),
+                    engine=engine,
+                    score=lambda generation, example: score_row(generation, example, _is_seen(example, seen)),
+                    write_every_s=job.engine.write_every_s,
+                )
+    return done
 
 
-def scored_rows(job: Job, examples: Sequence[Example], seen: frozenset[str] | None) -> list[Row]:
-    """Every row of a model's file, scored by today's code; a file scored by older code follows."""
+def scored_rows(one: Pass, examples: Sequence[Example], seen: frozenset[str] | None) -> list[Row]:
+    """Every row of a pass's file, scored by today's code; a file scored by older code follows."""
     by_id = {example.id: example for example in examples}
-    with RowFile(job.path, job.settings, "refuse") as file:
+    with RowFile(one.path, one.settings, "refuse") as file:
         left = [row for row in file.rows.values() if row.id in by_id]
         rows = [score_row(row, by_id[row.id], _is_seen(by_id[row.id], seen)) for row in left]
         if len(left) == len(file.rows):
@@ -256,30 +360,31 @@ def _ask_prmu(
     selected: Sequence[Example],
     server: BackgroundServer,
 ) -> tuple[str, dict[str, dict[Key, PrmuScore]]]:
-    """PRMU's version, and its score of every row of this evaluation, label -> key -> score."""
+    """PRMU's version, and its score of every row of this evaluation, job -> key -> score."""
     from tagpr.prmu.model import content_version
 
     examples = {example.id: example for example in selected}
 
     @cache
-    def renderer(tokenizer: str) -> PromptRenderer:
-        job = next(job for job in jobs if _tokenizer_of(job.model) == tokenizer)
-        return PromptRenderer(job.model, job.prompts)
+    def renderer(tokenizer: str, prompts: PromptSettings) -> PromptRenderer:
+        job = next(job for job in jobs if _tokenizer_of(job.method.prompt_tokenizer) == tokenizer)
+        return PromptRenderer(job.method.prompt_tokenizer, prompts)
 
     # Rows are asked for in order of their ids, so a few prompts are enough for all models.
     @lru_cache(maxsize=64)
-    def prompt(tokenizer: str, id_: str) -> tuple[str, int]:
-        rendered = renderer(tokenizer).render(examples[id_])
+    def prompt(tokenizer: str, prompts: PromptSettings, id_: str) -> tuple[str, int]:
+        rendered = renderer(tokenizer, prompts).render(examples[id_])
         return rendered.text, len(rendered.token_ids)
 
     def prompts_of(job: Job) -> Callable[[Row], str]:
-        tokenizer = _tokenizer_of(job.model)
+        tokenizer = _tokenizer_of(job.method.prompt_tokenizer)
+        main = job.passes[0]
 
         def prompt_of(row: Row) -> str:
-            text, tokens = prompt(tokenizer, row.id)
-            if tokens != row.prompt_tokens:
+            text, tokens = prompt(tokenizer, main.prompts, row.id)
+            if tokens != row.prompt_tokens and job.method.endpoint is None:
                 raise StageError(
-                    f"{job.path}: row {row.id} answers another prompt than today's code renders. "
+                    f"{main.path}: row {row.id} answers another prompt than today's code renders. "
                     "Move the file away and run the same command again."
                 )
             return text
@@ -289,10 +394,10 @@ def _ask_prmu(
     version = content_version(Path(config.paths.prmu))
     answered = [
         Answered(
-            label=job.label,
-            path=job.path.with_name(f"{job.label}.prmu.jsonl"),
-            rows=[row for row in rows[job.label] if row.id in examples and row.seed in job.seeds],
-            settings=job.settings,
+            label=job.name,
+            path=job.passes[0].path.with_name(f"{job.name}.prmu.jsonl"),
+            rows=[row for row in rows[job.name] if row.id in examples and row.seed in job.seeds],
+            settings=job.passes[0].settings,
             prompt=prompts_of(job),
         )
         for job in jobs
@@ -330,41 +435,6 @@ def _rewards(
 
 def _is_seen(example: Example, seen: frozenset[str] | None) -> bool | None:
     return None if seen is None else example.user_id in seen
-
-
-def _models(config: DictConfig) -> dict[str, str]:
-    models = {str(label): str(path) for label, path in config.evaluate.models.items()}
-    only = config.evaluate.only
-    chosen = list(models) if only is None else [str(label) for label in only]
-    for label in chosen:
-        if label not in models:
-            raise ConfigError(f"evaluate.only={label}: no such model. Known: {', '.join(models)}.")
-    if not chosen:
-        raise ConfigError("evaluate.models: names no model. Name one, label: folder.")
-    for label in models:
-        if not re.fullmatch(r"[\w.-]+", label) or label in ("summary", "manifest") or label.endswith(".prmu"):
-            raise ConfigError(f"evaluate.models.{label}: cannot name a file. Use letters, digits, . _ and -.")
-        if label in chosen:
-            if label in RECIPES:
-                check_model_folder(
-                    models[label], f"paths.{label}", RECIPES[label], may_be_hub_id=label == "base"
-                )
-            else:
-                check_own_folder(models[label], label)
-    return {label: path for label, path in models.items() if label in chosen}
-
-
-def check_own_folder(folder: str, label: str) -> None:
-    """Refuse a folder of the user's own that is none.
-
-    Raises:
-        StageError: no Hugging Face folder is there.
-    """
-    if not (Path(folder) / "config.json").is_file() and not re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
-        raise StageError(
-            f"evaluate.models.{label}={folder}: no Hugging Face folder. "
-            "Point it at one with config.json, a tokenizer and *.safetensors."
-        )
 
 
 def _seeds(config: DictConfig) -> tuple[int | None, ...]:
@@ -408,27 +478,34 @@ def _has_gpu() -> bool:
 
 def _summary(
     config: DictConfig,
-    rows: dict[str, list[Row]],
+    jobs: Sequence[Job],
+    rows: Mapping[tuple[str, Condition], Sequence[Row]],
     selected: Sequence[Example],
     seeds: Sequence[int | None],
     weights: RewardWeights | None,
     prmu_version: str | None,
-    rewards: Mapping[str, Rewards] | None,
+    rewards: Mapping[str, Rewards],
 ) -> Summary:
     wanted = {example.id for example in selected}
-    everywhere = wanted.intersection(*({row.id for row in model} for model in rows.values()))
+    own = jobs[0].passes[0].condition
+    everywhere = wanted.intersection(*({row.id for row in rows[job.name, own]} for job in jobs))
     if not everywhere:
         raise DataError(
             f"benchmark.max_prompt_tokens={config.benchmark.max_prompt_tokens}: "
             "not one row's query fits. Raise it."
         )
+    resamples = config.evaluate.bootstrap.resamples
 
     def decoding(name: Literal["greedy", "sampled"], its: Sequence[int | None]) -> Decoding:
-        chosen = {
-            label: [row for row in model if row.id in everywhere and row.seed in its]
-            for label, model in rows.items()
-        }
-        return summarise(chosen, config.evaluate.bootstrap.resamples, config.run.seed, name, rewards)
+        models: dict[str, list[Replicate]] = {}
+        for job in jobs:
+            for seed in its:
+                chosen = [row for row in rows[job.name, own] if row.id in everywhere and row.seed == seed]
+                if chosen:
+                    models.setdefault(job.method.label, []).append(
+                        Replicate(chosen, rewards.get(job.name), job.run)
+                    )
+        return summarise(models, resamples, config.run.seed, name)
 
     sampled = [seed for seed in seeds if seed is not None]
     decodings = ([decoding("greedy", [None])] if None in seeds else []) + (
@@ -439,33 +516,76 @@ def _summary(
         synthetic=config.benchmark.synthetic,
         split=config.evaluate.split,
         tasks=list(config.benchmark.tasks),
+        retriever=own.retriever,
+        profile_size=own.profile_size,
         rows_selected=len(selected),
         rows_left_out=len(wanted) - len(everywhere),
         temperature=config.evaluate.temperature,
-        bootstrap_resamples=config.evaluate.bootstrap.resamples,
+        bootstrap_resamples=resamples,
         reward_weights=None
         if weights is None
         else {"alpha": weights.alpha, "beta": weights.beta, "gamma": weights.gamma},
         prmu_version=prmu_version,
         decodings=decodings,
+        sweep=_sweep(jobs, rows, wanted, seeds[0], Bootstrap(resamples, config.run.seed)),
     )
+
+
+def _sweep(
+    jobs: Sequence[Job],
+    rows: Mapping[tuple[str, Condition], Sequence[Row]],
+    wanted: set[str],
+    seed: int | None,
+    bootstrap: Bootstrap,
+) -> list[SweepPoint]:
+    """Every model under every condition, on the rows that all of them answered; [] without a sweep."""
+    conditions = list(dict.fromkeys(each.condition for job in jobs for each in job.passes))
+    if len(conditions) < 2:
+        return []
+    shared = wanted.intersection(*({row.id for row in its} for its in rows.values()))
+    points = []
+    for condition in conditions:
+        labels = dict.fromkeys(job.method.label for job in jobs if (job.name, condition) in rows)
+        for number, label in enumerate(labels):
+            replicates = [
+                Replicate(
+                    [row for row in rows[job.name, condition] if row.id in shared and row.seed == seed],
+                    run=job.run,
+                )
+                for job in jobs
+                if job.method.label == label
+            ]
+            shown = [row for replicate in replicates for row in replicate.rows]
+            found = resample(replicates, bootstrap, number)
+            points.append(
+                SweepPoint(
+                    retriever=condition.retriever,
+                    profile_size=condition.profile_size,
+                    model=label,
+                    rows=len(replicates[0].rows),
+                    items_used=fmean(row.items_used for row in shown),
+                    prompts_shortened=len({row.id for row in shown if row.items_shortened}),
+                    intervals={measure: interval(each) for measure, each in found.items()},
+                )
+            )
+    return points
 
 
 def _page(
     config: DictConfig,
     summary: Summary,
-    rows: dict[str, list[Row]],
-    rewards: Mapping[str, Rewards] | None,
+    jobs: Sequence[Job],
+    rows: Mapping[str, Sequence[Row]],
+    rewards: Mapping[str, Rewards],
     selected: Sequence[Example],
-    prompts: PromptSettings,
-    models: Sequence[str],
 ) -> str:
     seed = None if config.evaluate.greedy else min(config.evaluate.seeds)
-    by_id = {label: {row.id: row for row in model if row.seed == seed} for label, model in rows.items()}
+    first = [job for job in jobs if job.run == 0]
+    by_id = {job.name: {row.id: row for row in rows[job.name] if row.seed == seed} for job in first}
     shared = [example for example in selected if all(example.id in model for model in by_id.values())]
     ordered = {label: [model[example.id] for example in shared] for label, model in by_id.items()}
     examples = {example.id: example for example in shared}
-    renderer = PromptRenderer(models[0], prompts)
+    renderer = PromptRenderer(first[0].method.prompt_tokenizer, first[0].passes[0].prompts)
     cases = []
     for id_ in report.choose_cases(ordered, config.evaluate.report.chains):
         try:
@@ -473,7 +593,7 @@ def _page(
         except QueryTooLongError:  # another model's tokenizer had room for it
             continue
         answers = {label: model[id_] for label, model in by_id.items()}
-        worth = {label: its[id_, seed] for label, its in (rewards or {}).items()}
+        worth = {label: its[id_, seed] for label, its in rewards.items() if label in by_id}
         cases.append(report.Case(id_, prompt, answers, worth))
     curves = {str(stage): Path(path) for stage, path in config.evaluate.report.curves.items()}
     return report.render(summary, cases, curves)

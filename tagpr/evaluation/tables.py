@@ -1,11 +1,12 @@
 """The summary as tables that a person reads: the same cells for the terminal, ``table.md`` and the page."""
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tagpr.benchmarks.tasks import get_task
-from tagpr.evaluation.score import Decoding, Difference, ModelSummary, Summary
+from tagpr.evaluation.published import TABLES, Published
+from tagpr.evaluation.score import Decoding, Difference, Group, Interval, ModelSummary, Summary
 from tagpr.metrics import possible_rating_errors
 from tagpr.tags import vocabulary
 
@@ -13,23 +14,6 @@ SYNTHETIC = (
     "SYNTHETIC: invented users and a tiny model. These figures show that the code works; they say nothing "
     "about LaMP and belong beside no published number."
 )
-
-# Table 1 of the paper (LaMP, Qwen3-8B, 8 profile items): task/metric -> RAG-R (Base), SFT-R, TagPR.
-PAPER_METHODS = ("RAG-R (Base)", "SFT-R", "TagPR")
-PAPER: dict[str, tuple[float, float, float]] = {
-    "lamp1/accuracy": (0.717, 0.722, 0.803),
-    "lamp1/f1": (0.722, 0.724, 0.803),
-    "lamp2/accuracy": (0.453, 0.456, 0.598),
-    "lamp2/f1_macro": (0.413, 0.416, 0.557),
-    "lamp3/mae": (0.291, 0.339, 0.218),
-    "lamp3/rmse": (0.645, 0.878, 0.263),
-    "lamp4/rouge1": (0.152, 0.159, 0.234),
-    "lamp4/rougeL": (0.137, 0.145, 0.213),
-    "lamp5/rouge1": (0.434, 0.440, 0.542),
-    "lamp5/rougeL": (0.365, 0.378, 0.471),
-    "lamp7/rouge1": (0.439, 0.437, 0.565),
-    "lamp7/rougeL": (0.391, 0.386, 0.507),
-}
 
 METRIC_NAMES = {
     "accuracy": "accuracy ↑",
@@ -41,6 +25,8 @@ METRIC_NAMES = {
     "mse": "MSE ↓",
     "rouge1": "ROUGE-1 ↑",
     "rougeL": "ROUGE-L ↑",
+    "meteor": "METEOR ↑",
+    "meteor_stem": "METEOR without synonyms ↑",
 }
 MEASURE_NAMES = {
     "task_score": "mean task score",
@@ -76,13 +62,16 @@ def tables(summary: Summary) -> list[Table]:
             _main(summary, decoding),
             _differences(summary, decoding),
             _reward(summary, decoding),
-            _lamp(summary, decoding),
+            _metrics(summary, decoding),
+            _metric_differences(summary, decoding),
             _tags(decoding),
             _failures(decoding),
             _users(decoding),
+            _histories(decoding),
         ]
+    found += _sweep(summary)
     if not summary.synthetic:
-        found.append(_paper(summary))
+        found += [_published(summary, table) for table in TABLES]
     return [table for table in found if table.rows]
 
 
@@ -100,9 +89,12 @@ def describe(decoding: Decoding) -> str:
     """Rows, users and seeds behind the figures."""
     model = next(iter(decoding.models.values()))
     people = f"{model.rows:,} rows of {model.users:,} users"
+    trained = max(each.runs for each in decoding.models.values())
+    runs = f", up to {trained} training runs a model" if trained > 1 else ""
     if decoding.name == "greedy":
-        return f"{people}, greedy decoding (one answer a row)"
-    return f"{people}, sampled, {len(model.seeds)} seeds ({', '.join(map(str, model.seeds))})"
+        return f"{people}, greedy decoding (one answer a row){runs}"
+    seeds = max(len(each.replicates) // each.runs for each in decoding.models.values())
+    return f"{people}, sampled, {seeds} seeds{runs}"
 
 
 def _title(what: str, decoding: Decoding) -> str:
@@ -124,24 +116,39 @@ def _main(summary: Summary, decoding: Decoding) -> Table:
 
     lines: list[tuple[str, str, Callable[[ModelSummary], str]]] = [
         ("mean task score (R_v) ↑", "task_score", lambda m: figure(m.task_score, m.task_score_deviation)),
-        ("well-formed (R_f = 1, R_tag = 0) ↑", "well_formed", lambda m: f"{m.well_formed:.1%}"),
-        ("· R_f = 1", "", lambda m: f"{m.format:.1%}"),
-        ("· R_tag = 0", "", lambda m: f"{m.tag:.1%}"),
-        ("unparsable answers", "", lambda m: f"{m.unparsable:.1%}"),
+        ("well-formed (R_f = 1, R_tag = 0) ↑", "well_formed", lambda m: _share(m.well_formed)),
+        ("· R_f = 1", "", lambda m: _share(m.format)),
+        ("· R_tag = 0", "", lambda m: _share(m.tag)),
+        ("unparsable answers", "", lambda m: _share(m.unparsable)),
         ("truncated responses", "", lambda m: f"{m.truncated:,}"),
         (f"reasoning tokens (vs {next(iter(models))})", "", reasoning),
         ("response tokens", "", lambda m: f"{m.response_tokens:.1f}"),
         ("repetition R_rep", "", lambda m: f"{m.repetition:z.3f}"),
     ]
-    if base.reward is not None:
+    if any(model.reward is not None for model in models.values()):
         lines.insert(1, ("reward (eq. 5) ↑", "reward", lambda m: figure(m.reward, m.reward_deviation)))
+    if any(model.over_budget for model in models.values()):
+        lines.append(("thinking ended by its budget", "", lambda m: f"{m.over_budget:,}"))
+    if any(model.unanswered for model in models.values()):
+        lines.append(("refused rows", "", lambda m: f"{m.unanswered:,}"))
     rows = [_line(name, models, text, decoding.best.get(measure)) for name, measure, text in lines]
     note = describe(decoding)
     if decoding.name == "sampled":
-        note += f", temperature {summary.temperature:g}; ± is the standard deviation over seeds"
+        note += f", temperature {summary.temperature:g}"
+    if any(model.task_score_deviation is not None for model in models.values()):
+        note += "; ± is the standard deviation over seeds and runs"
+    note += f"; {summary.profile_size} items a prompt by {summary.retriever}"
     if summary.rows_left_out:
-        note += f"; {summary.rows_left_out:,} rows left out, their query alone exceeds the prompt's budget"
-    note += ". Bold: the lead over the runner-up has a 95 % interval without 0."
+        note += (
+            f"; {summary.rows_left_out:,} rows left out for all models: "
+            "the query alone exceeds a prompt's budget, or an endpoint refused it"
+        )
+    if not all(model.thinking for model in models.values()):
+        note += "; –: not asked of a method without thinking"
+    note += (
+        ". Bold: the lead over every other model has a 95 % interval without 0, "
+        "corrected for all pairs of models."
+    )
     return Table(_title("Main figures", decoding), note, ("", *models), tuple(rows))
 
 
@@ -152,27 +159,50 @@ def _line(
 
 
 def _differences(summary: Summary, decoding: Decoding) -> Table:
-    def cell(difference: Difference) -> Cell:
-        form = "+z.3f" if difference.measure in ("task_score", "reward") else "+z.1f"
+    return _compared(
+        _title("Differences", decoding),
+        summary,
+        decoding,
+        list(MEASURE_NAMES.items()),
+    )
+
+
+def _metric_differences(summary: Summary, decoding: Decoding) -> Table:
+    measures = [
+        (f"{task}/{metric}", f"{get_task(task).title} {shown}")
+        for task in summary.tasks
+        for metric, shown in METRIC_NAMES.items()
+    ]
+    return _compared(_title("Differences by task", decoding), summary, decoding, measures)
+
+
+def _compared(title: str, summary: Summary, decoding: Decoding, measures: Sequence[tuple[str, str]]) -> Table:
+    """Measures down, pairs of models across."""
+
+    def cell(difference: Difference | None) -> Cell:
+        if difference is None:
+            return Cell("–")
         scale = 100 if difference.measure == "well_formed" else 1
+        form = "+z.1f" if difference.measure in ("well_formed", "reasoning_tokens") else "+z.3f"
         text = format(scale * difference.mean, form)
-        if difference.low is None or difference.high is None:
+        if difference.low is None or difference.high is None or difference.p_value is None:
             return Cell(f"{text} [no interval: one user]")
-        return Cell(f"{text} [{scale * difference.low:{form}}, {scale * difference.high:{form}}]")
+        bounds = f"[{scale * difference.low:{form}}, {scale * difference.high:{form}}]"
+        p_value = "p<0.001" if difference.p_value < 0.001 else f"p={difference.p_value:.3f}"
+        return Cell(f"{text} {bounds} {p_value}")
 
     pairs = list(dict.fromkeys((each.model, each.against) for each in decoding.differences))
     found = {(each.model, each.against, each.measure): each for each in decoding.differences}
-    measures = [measure for measure in MEASURE_NAMES if any(measure == key[2] for key in found)]
     rows = tuple(
-        (Cell(f"{model} − {against}"), *(cell(found[model, against, measure]) for measure in measures))
-        for model, against in pairs
+        (Cell(name), *(cell(found.get((model, against, measure))) for model, against in pairs))
+        for measure, name in measures
+        if any(measure == key[2] for key in found)
     )
     note = (
-        f"{describe(decoding)}. In brackets 95 % intervals: paired bootstrap over users, "
-        f"{summary.bootstrap_resamples:,} resamples, not corrected for several comparisons."
+        f"{describe(decoding)}. In brackets the 95 % interval of that one difference: paired bootstrap over users, "
+        f"{summary.bootstrap_resamples:,} resamples; p is corrected for the {len(pairs)} comparison(s) of its line (max-|t|)."
     )
-    head = ("", *(MEASURE_NAMES[measure] for measure in measures))
-    return Table(_title("Differences", decoding), note, head, rows)
+    return Table(title, note, ("", *(f"{model} − {against}" for model, against in pairs)), rows)
 
 
 def _reward(summary: Summary, decoding: Decoding) -> Table:
@@ -183,13 +213,18 @@ def _reward(summary: Summary, decoding: Decoding) -> Table:
 
     def part(name: str, form: str) -> Callable[[ModelSummary], str]:
         def text(model: ModelSummary) -> str:
-            value = getattr(model.reward_parts, name)
+            value = getattr(model.reward_parts, name, None)
             return "–" if value is None else format(value, form)
 
         return text
 
     rows = [
-        _line("reward (eq. 5)", models, lambda m: f"{m.reward:z.3f}", decoding.best.get("reward")),
+        _line(
+            "reward (eq. 5)",
+            models,
+            lambda m: "–" if m.reward is None else f"{m.reward:z.3f}",
+            decoding.best.get("reward"),
+        ),
         _line("· R_v: task score", models, part("verifiable", ".3f"), None),
         _line("· R_rep: repetition", models, part("repetition", "z.3f"), None),
         _line("· R_f: format", models, part("format", ".3f"), None),
@@ -205,39 +240,53 @@ def _reward(summary: Summary, decoding: Decoding) -> Table:
     return Table(_title("Reward", decoding), note, ("", *models), tuple(rows))
 
 
-def _lamp(summary: Summary, decoding: Decoding) -> Table:
+def _metrics(summary: Summary, decoding: Decoding) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for task in summary.tasks:
-        by_model = {label: model.lamp[task] for label, model in decoding.models.items() if task in model.lamp}
+        by_model = {
+            label: model.metrics[task] for label, model in decoding.models.items() if task in model.metrics
+        }
         if not by_model:
             continue
-        name = get_task(task).title
-        count = int(next(iter(by_model.values()))["rows"])
+        some = next(iter(by_model.values()))
+        name, count = get_task(task).title, Cell(f"{int(some['rows']):,}")
+        strict = {label: decoding.models[label].strict[task] for label in by_model}
         for metric, shown in METRIC_NAMES.items():
-            if metric in next(iter(by_model.values())):
-                best = decoding.best.get(f"{task}/{metric}")
-                rows.append(
-                    (
-                        Cell(f"{name} {shown}"),
-                        Cell(f"{count:,}"),
-                        *(Cell(f"{by_model[label][metric]:.3f}", bold=label == best) for label in by_model),
-                    )
+            if metric not in some:
+                continue
+            best = decoding.best.get(f"{task}/{metric}")
+            cells = (
+                Cell(
+                    _with_interval(metrics[metric], decoding.models[label].intervals.get(f"{task}/{metric}")),
+                    bold=label == best,
                 )
+                for label, metrics in by_model.items()
+            )
+            rows.append((Cell(f"{name} {shown}"), count, *cells))
+            if any(strict[label][metric] != metrics[metric] for label, metrics in by_model.items()):
+                cells = (Cell(f"{strict[label][metric]:.3f}") for label in by_model)
+                rows.append((Cell(f"· read strictly: {shown}"), count, *cells))
         if any(metrics["unparsable"] for metrics in by_model.values()):
             shares = (Cell(f"{metrics['unparsable']:.1%}") for metrics in by_model.values())
-            rows.append((Cell(f"{name} unparsable"), Cell(f"{count:,}"), *shares))
+            rows.append((Cell(f"{name} unparsable"), count, *shares))
     note = (
-        f"{describe(decoding)}. Unparsable ratings count as the farther of 1 and 5; "
-        "F1 is no mean over rows, has no interval here and is never bold."
+        f"{describe(decoding)}. In brackets 95 % intervals over users. Unparsable ratings count as the farther end of the scale. "
+        "Read strictly: as the official code reads an answer, white space stripped and nothing else; shown where it differs."
     )
-    return Table(_title("LaMP metrics", decoding), note, ("", "rows", *decoding.models), tuple(rows))
+    return Table(_title("Metrics by task", decoding), note, ("", "rows", *decoding.models), tuple(rows))
+
+
+def _with_interval(value: float, interval: Interval | None) -> str:
+    if interval is None or interval.low is None or interval.high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def _tags(decoding: Decoding) -> Table:
     models = decoding.models
     if not any(model.tag_shares for model in models.values()):
         return Table("Tags", "", (), ())
-    rows = [_line(tag, models, lambda m, tag=tag: _share(m, tag), None) for tag in vocabulary()]  # type: ignore[misc]
+    rows = [_line(tag, models, lambda m, tag=tag: _tag_share(m, tag), None) for tag in vocabulary()]  # type: ignore[misc]
     rows.append(
         _line("segments a response", models, lambda m: f"{m.segments:.2f}" if m.segments else "–", None)
     )
@@ -245,8 +294,12 @@ def _tags(decoding: Decoding) -> Table:
     return Table(_title("Tags", decoding), note, ("", *models), tuple(rows))
 
 
-def _share(model: ModelSummary, tag: str) -> str:
-    return f"{model.tag_shares.get(tag, 0.0):.1%}" if model.tag_shares else "–"
+def _tag_share(model: ModelSummary, tag: str) -> str:
+    return _share(model.tag_shares.get(tag, 0.0) if model.tag_shares else None)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _failures(decoding: Decoding) -> Table:
@@ -263,73 +316,121 @@ def _failures(decoding: Decoding) -> Table:
 
 
 def _users(decoding: Decoding) -> Table:
-    rows: list[tuple[Cell, ...]] = []
-    for name in ("seen", "unseen", "unknown"):
-        groups = {label: model.groups.get(name) for label, model in decoding.models.items()}
-        some = next(iter(groups.values()))
-        if some is None:
-            continue
-        size = Cell(f"{some.rows:,} rows, {some.users:,} users")
-        rows.append(
-            (
-                Cell(f"{name}: mean task score"),
-                size,
-                *(Cell(f"{group.task_score:.3f}" if group else "–") for group in groups.values()),
-            )
-        )
-        rows.append(
-            (
-                Cell(f"{name}: well-formed"),
-                size,
-                *(Cell(f"{group.well_formed:.1%}" if group else "–") for group in groups.values()),
-            )
-        )
-        if some.reward is not None:
-            rewards = [group.reward if group else None for group in groups.values()]
-            rows.append(
-                (
-                    Cell(f"{name}: reward (eq. 5)"),
-                    size,
-                    *(Cell("–" if reward is None else f"{reward:z.3f}") for reward in rewards),
-                )
-            )
-        if some.unknown_user is not None:
-            shares = [group.unknown_user if group else None for group in groups.values()]
-            rows.append(
-                (
-                    Cell(f"{name}: PRMU's unknown user"),
-                    size,
-                    *(Cell("–" if share is None else f"{share:.1%}") for share in shares),
-                )
-            )
+    names = ("seen", "unseen", "unknown")
+    rows = _groups(decoding, names, lambda model: model.groups)
     note = (
         f"{describe(decoding)}. Seen: the user has rows in the training split; "
         "unknown: there was no training split to look in. PRMU may know fewer users than training saw."
     )
-    return Table(_title("Users", decoding), note, ("", "of", *decoding.models), tuple(rows))
+    return Table(_title("Users", decoding), note, ("", "of", *decoding.models), rows)
 
 
-def _paper(summary: Summary) -> Table:
+def _histories(decoding: Decoding) -> Table:
+    names = list(dict.fromkeys(name for model in decoding.models.values() for name in model.histories))
+    if len(names) < 2:
+        return Table("Users by history", "", (), ())
+    rows = _groups(decoding, names, lambda model: model.histories)
+    note = f"{describe(decoding)}. By the number of items in the profile, of which a prompt shows some (S40)."
+    return Table(_title("Users by history", decoding), note, ("items", "of", *decoding.models), rows)
+
+
+def _groups(
+    decoding: Decoding, names: Iterable[str], of: Callable[[ModelSummary], Mapping[str, Group]]
+) -> tuple[tuple[Cell, ...], ...]:
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        groups = [of(model).get(name) for model in decoding.models.values()]
+        some = next((group for group in groups if group is not None), None)
+        if some is None:
+            continue
+        size = Cell(f"{some.rows:,} rows, {some.users:,} users")
+
+        def line(
+            what: str,
+            value: Callable[[Group], float | None],
+            form: str,
+            name: str = name,
+            groups: Sequence[Group | None] = groups,
+            size: Cell = size,
+        ) -> None:
+            values = [None if group is None else value(group) for group in groups]
+            if any(each is not None for each in values):
+                cells = (Cell("–" if each is None else format(each, form)) for each in values)
+                rows.append((Cell(f"{name}: {what}"), size, *cells))
+
+        line("mean task score", lambda group: group.task_score, ".3f")
+        line("well-formed", lambda group: group.well_formed, ".1%")
+        line("reward (eq. 5)", lambda group: group.reward, "z.3f")
+        line("PRMU's unknown user", lambda group: group.unknown_user, ".1%")
+    return tuple(rows)
+
+
+def _sweep(summary: Summary) -> list[Table]:
+    """One table a measure: conditions down, models across."""
+    if not summary.sweep:
+        return []
+    models = list(dict.fromkeys(point.model for point in summary.sweep))
+    conditions = list(dict.fromkeys((point.retriever, point.profile_size) for point in summary.sweep))
+    found = {(point.retriever, point.profile_size, point.model): point for point in summary.sweep}
+    measures = [("task_score", "mean task score (R_v) ↑")] + [
+        (f"{task}/{metric}", f"{get_task(task).title} {shown}")
+        for task in summary.tasks
+        for metric, shown in METRIC_NAMES.items()
+    ]
+    rows: list[tuple[Cell, ...]] = []
+    for measure, name in measures:
+        if not any(measure in point.intervals for point in summary.sweep):
+            continue
+        for retriever, size in conditions:
+            points = [found.get((retriever, size, model)) for model in models]
+            some = next(point for point in points if point is not None)
+            cells = (
+                Cell("–")
+                if point is None or measure not in point.intervals
+                else Cell(_with_interval(point.intervals[measure].mean, point.intervals[measure]))
+                for point in points
+            )
+            shown = f"{some.items_used:.1f}" + (
+                f", {some.prompts_shortened:,} cut" if some.prompts_shortened else ""
+            )
+            rows.append((Cell(f"{name}: {retriever}, {size}"), Cell(shown), *cells))
+    note = (
+        "Retriever and number of profile items asked for (S36); how many a prompt shows on average, and how many prompts had items "
+        "cut to fit. In brackets 95 % intervals over users; greedy decoding, the same rows everywhere."
+    )
+    return [
+        Table("Robustness: profile length and retriever", note, ("", "items shown", *models), tuple(rows))
+    ]
+
+
+def _published(summary: Summary, table: Published) -> Table:
+    columns = [
+        (place, task, metric)
+        for place, (task, _, metric) in enumerate(column.partition("/") for column in table.columns)
+        if task in summary.tasks
+    ]
+    if not columns:
+        return Table("paper", "", (), ())
     rows = []
     doubtful: list[str] = []
-    for key, values in PAPER.items():
-        task, metric = key.split("/")
-        if task not in summary.tasks:
-            continue
-        cells = [Cell(f"{value:.3f}") for value in values]
-        if metric == "rmse":
-            for place, (mae, rmse) in enumerate(zip(PAPER[f"{task}/mae"], values, strict=True)):
-                if not possible_rating_errors(mae, rmse, tolerance=2e-3):
-                    cells[place] = Cell(f"{rmse:.3f} (?)")
-                    doubtful.append(PAPER_METHODS[place])
-        rows.append((Cell(f"{get_task(task).title} {METRIC_NAMES[metric]}"), *cells))
-    note = (
-        "As published in Table 1 of the paper: Qwen3-8B, 8 profile items, all of LaMP's validation rows. "
-        "Not measured here."
-    )
+    for method, values in table.methods.items():
+        cells = [Cell(method), Cell("✓" if method in table.thinks else "")]
+        for place, task, metric in columns:
+            mae = f"{task}/mae"
+            # Both figures are rounded to three digits.
+            if metric == "rmse" and not possible_rating_errors(
+                values[table.columns.index(mae)], values[place], tolerance=2e-3
+            ):
+                cells.append(Cell(f"{values[place]:.3f} (?)"))
+                doubtful.append(method)
+            else:
+                cells.append(Cell(f"{values[place]:.3f}"))
+        rows.append(tuple(cells))
+    note = f"As published, {table.title}. Not measured here."
     if doubtful:
         note += f" (?): impossible for integer ratings beside that MAE, probably an MSE ({', '.join(doubtful)}; S33)."
-    return Table("paper (LaMP, Qwen3-8B)", note, ("", *PAPER_METHODS), tuple(rows))
+    head = [f"{get_task(task).title} {METRIC_NAMES[metric]}" for _, task, metric in columns]
+    return Table(f"paper: {table.title.split(':')[0]}", note, ("", "R", *head), tuple(rows))
 
 
 def _grid(table: Table) -> str:

@@ -144,7 +144,7 @@ def test_limit_takes_all_tasks_evenly_and_a_larger_one_only_adds(outputs: Path) 
 def test_samples_stand_beside_greedy_answers(outputs: Path) -> None:
     summary = evaluate(outputs, "evaluate.seeds=[5,6]", "evaluate.only=[sft,guided]")
     assert [each["name"] for each in summary["decodings"]] == ["greedy", "sampled"]
-    assert summary["decodings"][1]["models"]["sft"]["seeds"] == [5, 6]
+    assert summary["decodings"][1]["models"]["sft"]["replicates"] == ["seed 5", "seed 6"]
     assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 36
 
 

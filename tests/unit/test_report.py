@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation_score import answered, model, summary, tagged
+from test_evaluation_score import answered, compared, model, summary, tagged
 
 from tagpr.errors import DataError
 from tagpr.evaluation.figures import Series, line_chart, ticks
 from tagpr.evaluation.report import Case, choose_cases, read_metrics, render
-from tagpr.evaluation.score import Summary, summarise
+from tagpr.evaluation.score import Summary
 
 ATTACK = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">&lt;b&gt; \' $title ${x} \ud83d'
 
@@ -54,7 +54,7 @@ def page(response: str, prompt: str = "p", gold: str = "g", metrics: dict[str, P
 def figures() -> Summary:
     users = ["a", "b", "c"]
     rows = {"base": model([False] * 3, users), "sft": model([True] * 3, users)}
-    return summary(summarise(rows, 100, 0, "greedy"), synthetic=True)
+    return summary(compared(rows, 100), synthetic=True)
 
 
 @pytest.mark.parametrize(
