@@ -1,9 +1,9 @@
 """Three tasks in Chinese from users' own posts, as the paper built them from Dianping (S37, appendix H).
 
 The posts cannot be had, so this is a builder: it takes a JSON lines file of posts, ``{user_id, post_id, date, title, content}``,
-and makes of every user one row per task. The profile is the user's 8 newest posts and the 9th newest is held out, literally as in the
-paper: what is to be written is older than the profile. Wording of the prompts and thresholds of the filters are unstated there and
-are ours.
+and makes of every user one row per task. The profile is the user's 8 newest posts and the 9th newest is held out, literally as in
+the paper: what is to be written is older than the profile. Wording of the prompts and thresholds of the filters are unstated there
+and are ours.
 
 - ``dianping_content``: the post's content from its title.
 - ``dianping_title``: the title from the content.

@@ -1,16 +1,29 @@
 """Every known task by name, whatever its benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tagpr.benchmarks import dianping, lamp, longlamp, pgraphrag
+from tagpr.benchmarks.own import VARIABLE, own_tasks
 from tagpr.benchmarks.task import Task
 from tagpr.errors import ConfigError
 from tagpr.schema import ProfileItem
 
+_PUBLIC: Mapping[str, Task] = lamp.TASKS | longlamp.TASKS | pgraphrag.TASKS | dianping.TASKS
+
 
 def all_tasks() -> dict[str, Task]:
-    """Name -> task, benchmark by benchmark."""
-    return lamp.TASKS | longlamp.TASKS | pgraphrag.TASKS | dianping.TASKS
+    """Name -> task, benchmark by benchmark; a user's own (:mod:`tagpr.benchmarks.own`) come last.
+
+    Raises:
+        ConfigError: the file of own tasks cannot be used, or one has the name of a benchmark's.
+    """
+    own = own_tasks()
+    for name in own:
+        if name in _PUBLIC:
+            raise ConfigError(
+                f"{VARIABLE}: task {name!r} has the name of a task of {_PUBLIC[name].benchmark}. Rename it."
+            )
+    return {**_PUBLIC, **own}
 
 
 def get_task(name: str) -> Task:
@@ -19,10 +32,10 @@ def get_task(name: str) -> Task:
     Raises:
         ConfigError: no such task; the message lists the known ones.
     """
-    task = all_tasks().get(name)
-    if task is None:
-        raise ConfigError(f"task={name}: no such task. Known: {', '.join(all_tasks())}.")
-    return task
+    tasks = all_tasks()
+    if name not in tasks:
+        raise ConfigError(f"task={name}: no such task. Known: {', '.join(tasks)}.")
+    return tasks[name]
 
 
 def render_prompt(task: str, query: str, items: Sequence[ProfileItem]) -> str:
