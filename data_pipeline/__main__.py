@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
     started = time.monotonic()
     settings = read_settings(config)
     tasks = list(config.benchmark.tasks)
-    check_thresholds(settings.rouge_l_above, tasks)
+    check_thresholds(settings.accuracy, tasks)
     if settings.endpoint == "simulated":
         settings = _label_simulated(settings)
     judge_prompt = PromptTemplate.load("chains.prompts.judge", settings.prompts.judge, judge.PROMPT_FIELDS)
@@ -105,7 +105,7 @@ def run(config: DictConfig) -> None:
             logger.info("%s", line)
         raise StageError(
             "chains: no chain passed every filter. The funnel above says where they went; "
-            "loosen chains.rouge_l_above or chains.judge_minimum, or look at the teacher's replies."
+            "loosen chains.accuracy.above or chains.judge_minimum, or look at the teacher's replies."
         )
 
     notes = {

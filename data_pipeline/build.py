@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.endpoint import Endpoint, Unit, for_each
-from data_pipeline.filters import is_accurate
+from data_pipeline.filters import chain_problem
 from data_pipeline.funnel import Funnel
 from data_pipeline.judge import judge_chain
 from data_pipeline.preferences import (
@@ -98,11 +98,12 @@ async def build(
     # 3. filter by accuracy (S7), then by the judge (S8)
     accurate = []
     for chain in chains:
-        if is_accurate(chain, settings.rouge_l_above):
-            funnel.keep("accurate", chain.task)
-            accurate.append(chain)
-        else:
-            funnel.drop("accurate", "wrong_answer")
+        problem = chain_problem(chain, settings.accuracy)
+        if problem:
+            funnel.drop("accurate", problem)
+            continue
+        funnel.keep("accurate", chain.task)
+        accurate.append(chain)
     judged = await pipeline.judge(accurate)
 
     # 4. tag (S12), 5. select (S14)
@@ -178,10 +179,14 @@ class _Pipeline:
 
         async def one(chain: Chain) -> Chain | None:
             verdict = await judge_chain(
-                chain, self.models.judge, self.models.judge_prompt, self.settings.malformed_attempts
+                chain,
+                self.models.judge,
+                self.models.judge_prompt,
+                self.settings.judge_longest,
+                self.settings.malformed_attempts,
             )
             if verdict.scores is None:
-                self.funnel.drop("judged", f"malformed_{verdict.problem}")
+                self.funnel.drop("judged", f"unjudged_{verdict.problem}")
                 return None
             if verdict.total <= self.settings.judge_minimum:
                 self.funnel.drop("judged", "low_total")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.fences import disarm
 from tagpr.errors import ConfigError
 
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -48,13 +49,11 @@ class PromptTemplate:
     def render(self, **values: str) -> str:
         """Fill every placeholder in one pass, so that a value which looks like a placeholder stays as it is.
 
-        Where a placeholder stands between ``<name>`` and ``</name>``, those two fences inside a value lose their
-        bracket: text of a user or a model cannot close its own fence.
+        Where a placeholder stands between ``<name>`` and ``</name>``, whatever looks like these fences inside a value loses
+        its bracket: text of a user or a model cannot close its own fence.
         """
         fences = FENCE.findall(self.text)
-        if fences:
-            escape = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(fences)})\s*>)", re.IGNORECASE)
-            values = {field: escape.sub("‹", value) for field, value in values.items()}
+        values = {field: disarm(value, fences) for field, value in values.items()}
         return PLACEHOLDER.sub(lambda match: values[match.group(1)], self.text)
 
     def extract(self, prompt: str) -> dict[str, str] | None:

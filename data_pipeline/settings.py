@@ -1,11 +1,12 @@
 """The ``chains:`` node of the configuration, checked: types, ranges, and what goes together."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tagpr.errors import ConfigError
+from tagpr.metrics import RougeKind
 
 Share = float
 
@@ -57,6 +58,21 @@ class SimulatedFaults(Settings):
     latency_s: float = Field(ge=0.0)
 
 
+class AccuracySettings(Settings):
+    """The accuracy filter (S7), and what a chain must say at least to be one."""
+
+    rouge: RougeKind
+    above: dict[str, Annotated[Share, Field(ge=0.0, lt=1.0)]]
+    minimum_words: int = Field(ge=1)
+
+
+class JudgeLimits(Settings):
+    """The longest texts that are judged, in characters."""
+
+    question: int = Field(gt=0)
+    response: int = Field(gt=0)
+
+
 class TaggingSettings(Settings):
     """Restricted tagging (S12)."""
 
@@ -101,8 +117,9 @@ class ChainSettings(Settings):
     endpoint: Literal["simulated", "openai"]
     instances_per_task: int = Field(gt=0)
     rollouts: int = Field(gt=0)
-    rouge_l_above: dict[str, Share]
+    accuracy: AccuracySettings
     judge_minimum: int = Field(ge=3, le=19)
+    judge_longest: JudgeLimits
     malformed_attempts: int = Field(gt=0)
     minimum_segments: int = Field(gt=0)
     size: int = Field(gt=0)

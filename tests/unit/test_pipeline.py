@@ -269,7 +269,7 @@ def test_missing_and_broken_examples_are_one_clear_line(examples: Path, tmp_path
         ("+chains.typo=1", "chains.typo"),
         ("chains.judge_minimum=20", "chains.judge_minimum=20"),
         ("chains.endpoint=openai", "chains.teacher: chains.endpoint=openai needs base_url"),
-        ("~chains.rouge_l_above.lamp5", "chains.rouge_l_above.lamp5: is missing"),
+        ("~chains.accuracy.above.lamp5", "chains.accuracy.above.lamp5: is missing"),
         ("chains.prompts.judge=nowhere.md", "chains.prompts.judge=nowhere.md: cannot be read"),
         ("chains.simulated.teacher={typo: 0.5}", "chains.simulated.teacher"),
     ],

@@ -3,15 +3,12 @@
 import random
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.filters import check_thresholds, is_accurate
 from data_pipeline.preferences import choose_pairs, finish_pair, pqp_candidates, prp_candidates
 from data_pipeline.selection import interleave, select_chains
 from data_pipeline.settings import PreferenceSettings
-from tagpr.errors import ConfigError
 from tagpr.schema import Chain
 from tagpr.tags import split_response
 
@@ -44,22 +41,6 @@ SETTINGS = PreferenceSettings(
     prp_pairs=100, prp_instances_per_task=1, prp_rollouts=1, prp_minimum_gain=None, pqp_pairs=100, pqp_margin=0.0,
     pqp_last_word_share=None, extra_rollouts=0, extra_request={},
 )  # fmt: skip
-
-
-def test_accuracy_is_exact_or_rouge_l_above_the_threshold() -> None:
-    assert is_accurate(chain("a"), {})
-    assert not is_accurate(chain("a", verifiable=0.99), {})
-    title = chain("a", task="lamp4", gold="Why mayor opens now", answer="The mayor opens again")
-    assert is_accurate(title, {"lamp4": 0.49})
-    assert not is_accurate(title, {"lamp4": 0.5})
-
-
-def test_thresholds_must_name_the_generation_tasks() -> None:
-    check_thresholds({"lamp4": 0.1}, ["lamp1", "lamp4"])
-    with pytest.raises(ConfigError, match=r"^chains.rouge_l_above.lamp5: is missing"):
-        check_thresholds({"lamp4": 0.1}, ["lamp4", "lamp5"])
-    with pytest.raises(ConfigError, match=r"^chains.rouge_l_above.lamp1: this task"):
-        check_thresholds({"lamp1": 0.1}, ["lamp1"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3))))
