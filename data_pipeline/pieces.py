@@ -16,8 +16,8 @@ Place = tuple[int, int]
 
 # A sentence ends in these, with the quotes and brackets that close after them; full-width ones need no space.
 _END = re.compile(r"[.!?…]++[\"'”’)\]]*+(?=\s)|[。！？]++[”’）」』]*+")
-# "1." and "e.g." end no sentence, nor does an initial.
-_NO_END = re.compile(r"(?:^|[\s(])(?:[0-9]{1,3}|[A-Za-z]|e\.g|i\.e|etc|vs|cf|Dr|Mr|Mrs|Ms|No|Fig|al)\.\Z")
+# "1." at the start of a line and "e.g." anywhere end no sentence. Where in doubt, cut: "option B." does end one.
+_NO_END = re.compile(r"\A\s*[0-9]{1,3}\.\Z|(?:\A|[\s(])(?:e\.g|i\.e|vs|cf|Dr|Mr|Mrs|Ms|Fig)\.\Z")
 _CLAUSE_END = re.compile(r"[,;:](?=\s)|[，；：、]|\s[-–—](?=\s)")
 _LONGEST_NO_END = 8
 
@@ -34,7 +34,9 @@ def _parts(chain: str, *ends: re.Pattern[str]) -> Iterator[Place]:
         cuts = {start, start + len(line)}
         for pattern in ends:
             for match in pattern.finditer(line):
-                if not _NO_END.search(line[max(0, match.end() - _LONGEST_NO_END) : match.end()]):
+                low = match.end() - _LONGEST_NO_END
+                before = line[: match.end()] if low <= 0 else f"…{line[low : match.end()]}"
+                if not _NO_END.search(before):
                     cuts.add(start + match.end())
         for low, high in pairwise(sorted(cuts)):
             text = chain[low:high]

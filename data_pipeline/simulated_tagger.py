@@ -59,6 +59,16 @@ _PURPOSES = {
     "verify_conclusion": ("checks the choice again", "makes sure that the answer fits", "tests the conclusion"),
     "formulate_conclusion": ("words the final answer", "decides how the output is written", "phrases the result"),
 }  # fmt: skip
+_PURPOSE_OPENINGS = ("", "", "this step ", "here the model ", "the segment ", "a part that ")
+_PURPOSE_ENDINGS = (
+    "",
+    "",
+    "",
+    " before going on",
+    " for this user",
+    " in one sentence",
+    " as a step towards the answer",
+)
 _VAGUE = ("reasoning", "reasoning step", "thinking", "next step", "intermediate step")
 
 
@@ -132,6 +142,7 @@ class SimulatedTagger:
             vague = rng.random() < self._faults.free_tag_vague
             name = rng.choice(_VAGUE if vague else FREE_TAGS[kind])
             purpose = "thinks about it" if vague else rng.choice(_PURPOSES[kind])
+            purpose = f"{rng.choice(_PURPOSE_OPENINGS)}{purpose}{rng.choice(_PURPOSE_ENDINGS)}"
             spans.append({"first": number, "last": number, "tag": _spelled(name, rng), "purpose": purpose})
         return self._spoilt(spans, rng)
 

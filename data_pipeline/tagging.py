@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from data_pipeline.endpoint import Unit
 from data_pipeline.json_reply import read_object
-from data_pipeline.ledger import Reply
 from data_pipeline.pieces import Place, Span, cut, numbered, place_spans
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import PromptFiles
+from tagpr.chat.client import Reply
 from tagpr.chat.structured import Structured, structured_request
 from tagpr.schema import Chain
 from tagpr.tags import check_tags, has_tags, parse_segments, strip_tags, vocabulary

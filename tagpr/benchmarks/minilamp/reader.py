@@ -46,6 +46,8 @@ class FaultRates:
     """Any task: repeats a step or adds an off-topic sentence; for the judge to catch."""
     closing: float = 0.25
     """lamp4/5/7: ends the answer on a closing word (a guess, unless the profile shows the user's)."""
+    verify: float = 0.0
+    """Any task, and no fault: checks the answer once more before it is given. Off, so that chains stay short."""
 
 
 NO_FAULTS = FaultRates(lamp1=0.0, lamp2=0.0, lamp3=0.0, lazy=0.0, sloppy=0.0, closing=0.0)
@@ -110,6 +112,8 @@ def reason(prompt: str, rng: random.Random, faults: FaultRates) -> Reasoned:
     """
     reading = read(prompt)
     steps, answer, made = _SOLVERS.get(reading.task, _generate)(reading, rng, faults)
+    if faults.verify and rng.random() < faults.verify:
+        steps.append(("verify_conclusion", f"check that {answer} fits"))
     if rng.random() < faults.sloppy:
         made.append("sloppy")
         if rng.random() < 0.5:
@@ -313,6 +317,7 @@ _SENTENCES = (
     (re.compile(r"\S+ is \S.* but \S+ is \S.*"), "evaluate_reference"),
     (re.compile(r"\d and \S+ gives \d|join \S+ and \S+ \S+"), "synthesize_findings"),
     (re.compile(r"pick \S.*"), "make_decision"),
+    (re.compile(r"check that \S.* fits"), "verify_conclusion"),
     (re.compile(r"write it|end with \S+"), "formulate_conclusion"),
 )
 
