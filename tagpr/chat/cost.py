@@ -140,8 +140,9 @@ def most_tokens(body: Mapping[str, Any]) -> tuple[int, int | None]:
     No byte-level tokenizer makes more tokens than there are bytes; what the request carries besides the messages (a JSON
     schema) is counted as well.
     """
-    extra = json.dumps(body.get("response_format") or "", ensure_ascii=False)
     texts = [message.get("content") for message in body["messages"]]
-    size = sum(len(text.encode()) + MESSAGE_TOKENS for text in [*texts, extra] if isinstance(text, str))
+    size = sum(len(text.encode()) + MESSAGE_TOKENS for text in texts if isinstance(text, str))
+    if "response_format" in body:
+        size += len(json.dumps(body["response_format"]))
     most = body.get("max_completion_tokens") or body.get("max_tokens")
     return size, None if most is None else int(most) * int(body.get("n") or 1)
