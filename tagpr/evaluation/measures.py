@@ -5,20 +5,15 @@ error, rows). Summed by user first, a resample of users is one matrix product, a
 get honest intervals too.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tagpr.benchmarks.tasks import get_task
-from tagpr.errors import DataError
 from tagpr.evaluation.rows import Row
 from tagpr.metrics import rating_error, row_metrics
-
-Array = NDArray[np.float64]
-Combine = Callable[[Array], Array]
-"""Sums [..., k] -> values [...]."""
+from tagpr.statistics import Array, Combine, Resampled, UserResamples, resample
 
 # Higher is better for all but these; fewer tokens are cheaper, not better.
 LOWER_IS_BETTER = ("mae", "mse", "rmse")
@@ -134,20 +129,17 @@ def _label_counts(
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """One measure of one model: its value, and its value in every resample of users and training runs; None: no interval."""
+class Measured:
+    """One measure of one model; ``resampled`` is None with fewer than two users, where there is no interval."""
 
     value: float
-    samples: Array | None
+    resampled: Resampled | None
     users: int
     rows: int
 
 
 class Bootstrap:
-    """Resamples of users, the same for every model and measure on the same users, so that differences are paired.
-
-    A model that was trained several times is resampled over its runs as well: with R runs, R are drawn with replacement. Its
-    decoding seeds are averaged within a run.
+    """Draws of users, one for each set of users that a measure covers, shared by all models.
 
     Args:
         resamples: how many.
@@ -157,83 +149,23 @@ class Bootstrap:
     def __init__(self, resamples: int, seed: int) -> None:
         self.resamples = resamples
         self.seed = seed
-        self._draws: dict[tuple[str, ...], Array] = {}
+        self._draws: dict[tuple[str, ...], UserResamples] = {}
 
-    def measure(self, runs: Sequence[Sequence[Table]], model: int) -> Resampled:
+    def measure(self, runs: Sequence[Sequence[Table]], model: int) -> Measured:
         """Resample one measure. ``runs``: tables of every run's replicates; ``model``: a number of its own for the draw of runs.
 
         Raises:
             DataError: a value is not finite.
         """
+        # Sorted, so that the order of rows does not matter.
         users = tuple(sorted(set(runs[0][0].users)))
         order = {user: number for number, user in enumerate(users)}
-        value = float(np.mean([np.mean([table.value for table in replicates]) for replicates in runs]))
-        rows = len(runs[0][0].users)
-        if not np.isfinite(value):
-            raise DataError("evaluate: a measure is not finite. Score the rows again.")
-        if len(users) < 2:
-            return Resampled(value, None, len(users), rows)
-        draws = self._draw(users)
-        by_run = np.stack(
-            [
-                np.mean([table.combine(draws @ table.by_user(order)) for table in replicates], axis=0)
-                for replicates in runs
-            ],
-            axis=1,
-        )
-        if len(runs) > 1:
-            generator = np.random.default_rng([self.seed, 1, model])
-            drawn = generator.integers(len(runs), size=(self.resamples, len(runs)))
-            by_run = np.take_along_axis(by_run, drawn, axis=1)
-        return Resampled(value, by_run.mean(axis=1), len(users), rows)
-
-    def _draw(self, users: tuple[str, ...]) -> Array:
-        """How often each user was drawn, [resamples, users]; users come sorted, so that the order of rows does not matter."""
-        if users not in self._draws:
-            generator = np.random.default_rng([self.seed, 0])
-            count = len(users)
-            self._draws[users] = generator.multinomial(
-                count, np.full(count, 1 / count), size=self.resamples
-            ).astype(np.float64)
-        return self._draws[users]
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """Intervals and p-values of several differences that are looked at together, one place each."""
-
-    low: Array
-    high: Array
-    corrected_low: Array
-    corrected_high: Array
-    p_value: Array
-
-
-def simultaneous_intervals(differences: Array, samples: Array) -> Comparisons:
-    """95 % intervals of differences [m] from their joint resamples [resamples, m].
-
-    ``low`` and ``high`` are percentiles of each difference alone. The corrected interval is difference ± c · s, s being the
-    standard deviation of its resamples and c the 95 % quantile of the largest |t| over the m differences in a resample, so that
-    all m hold at once with 95 % (single-step max-|t|; Westfall and Young, 1993); ``p_value`` is the share of resamples whose
-    largest |t| reaches the difference's own. The interval of a difference that is the same in every resample is a point.
-    """
-    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
-    spread = samples.std(axis=0, ddof=1)
-    # Rounding leaves 1e-17 where two systems say the same.
-    moves = spread > 1e-12
-    scale = np.where(moves, spread, 1.0)
-    largest = np.where(moves, np.abs(samples - differences) / scale, 0.0).max(axis=1)
-    reach = float(np.quantile(largest, 0.95)) * np.where(moves, spread, 0.0)
-    own = np.where(moves, np.abs(differences) / scale, 0.0)
-    at_least = (largest[:, None] >= own[None, :]).sum(axis=0)
-    return Comparisons(
-        low=low,
-        high=high,
-        corrected_low=differences - reach,
-        corrected_high=differences + reach,
-        p_value=np.where(
-            moves,
-            (at_least + 1) / (len(samples) + 1),
-            np.where(differences == 0, 1.0, 1 / (len(samples) + 1)),
-        ),
-    )
+        table = runs[0][0]
+        value = float(np.mean([np.mean([each.value for each in replicates]) for replicates in runs]))
+        resampled = None
+        if len(users) > 1:
+            if users not in self._draws:
+                self._draws[users] = UserResamples(len(users), self.resamples, self.seed)
+            stacked = [np.stack([each.by_user(order) for each in replicates]) for replicates in runs]
+            resampled = resample(stacked, self._draws[users], table.combine, model)
+        return Measured(value, resampled, len(users), len(table.users))

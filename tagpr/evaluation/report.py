@@ -136,9 +136,9 @@ def _sweep_charts(summary: Summary) -> str:
     retrievers = [point for point in summary.sweep if point.profile_size == summary.profile_size]
     charts = []
     for measure in dict.fromkeys(name for point in summary.sweep for name in point.intervals):
-        if measure != "task_score" and measure.split("/")[1] not in METRIC_NAMES:
-            continue
         task, _, metric = measure.partition("/")
+        if measure != "task_score" and metric not in METRIC_NAMES:
+            continue
         shown = f"{get_task(task).title} {METRIC_NAMES[metric]}" if metric else MEASURE_NAMES[measure]
         for points, axis, joined in (
             (lengths, "profile items", True),

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -12,15 +12,7 @@ from pydantic import Field
 
 from tagpr.benchmarks.tasks import get_task, parse_answer
 from tagpr.errors import ConfigError
-from tagpr.evaluation.measures import (
-    LOWER_IS_BETTER,
-    NEUTRAL,
-    Bootstrap,
-    Resampled,
-    Table,
-    simultaneous_intervals,
-    tables,
-)
+from tagpr.evaluation.measures import LOWER_IS_BETTER, NEUTRAL, Bootstrap, Measured, Table, tables
 from tagpr.evaluation.rows import Generation, Key, Row
 from tagpr.metrics import read_answer, task_metrics
 from tagpr.rewards.composite import RewardWeights, guided
@@ -28,6 +20,7 @@ from tagpr.rewards.format import format_reward
 from tagpr.rewards.tag import tag_reward
 from tagpr.rewards.verifiable import verifiable_reward
 from tagpr.schema import Example, PrmuScore, Record, RewardBreakdown
+from tagpr.statistics import Resampled, compare, lead
 from tagpr.tags import Response, parse_segments, split_response
 
 # Users by the number of items in their profiles: where each group begins (S40).
@@ -283,109 +276,86 @@ def summarise(
     ids = [{row.id for row in replicate.rows} for replicates in models.values() for replicate in replicates]
     assert all(these == ids[0] for these in ids), "rows differ"
     bootstrap = Bootstrap(resamples, seed)
-    resampled = {
-        label: resample(replicates, bootstrap, number)
+    measured = {
+        label: measure(replicates, bootstrap, number)
         for number, (label, replicates) in enumerate(models.items())
     }
-    shared = set.intersection(*(set(its) for its in resampled.values()))
+    shared = [name for name in next(iter(measured.values())) if all(name in its for its in measured.values())]
     labels = list(models)
     pairs = [(after, before) for before, after in pairwise(labels)]
     pairs += [(label, labels[0]) for label in labels[2:]]
     pairs.sort(key=lambda pair: labels.index(pair[0]))
-    differences = [
-        difference
-        for measure in next(iter(resampled.values()))
-        if measure in shared
-        for difference in _differences(measure, pairs, resampled)
-    ]
-    best = {}
-    for measure in next(iter(resampled.values())):
-        if measure in shared and measure not in NEUTRAL and len(labels) > 1:
-            leader = _leader(measure, labels, resampled)
-            if leader:
-                best[measure] = leader
+    by_measure = {name: {label: its[name] for label, its in measured.items()} for name in shared}
+    best = {name: _leader(name, its) for name, its in by_measure.items() if name not in NEUTRAL}
     return Decoding(
         name=decoding,
         models={
-            label: summarise_model(replicates, resampled[label], (unanswered or {}).get(label, 0))
+            label: summarise_model(replicates, measured[label], (unanswered or {}).get(label, 0))
             for label, replicates in models.items()
         },
-        differences=differences,
-        best=best,
+        differences=[
+            difference for name, its in by_measure.items() for difference in _differences(name, pairs, its)
+        ],
+        best={name: leader for name, leader in best.items() if leader is not None},
     )
 
 
-def resample(replicates: Sequence[Replicate], bootstrap: Bootstrap, model: int) -> dict[str, Resampled]:
+def measure(replicates: Sequence[Replicate], bootstrap: Bootstrap, model: int) -> dict[str, Measured]:
     """Every measure of one model, resampled over users and training runs."""
     runs: dict[int, list[dict[str, Table]]] = {}
     for replicate in replicates:
-        found = tables(replicate.rows, replicate.reward_values())
-        runs.setdefault(replicate.run, []).append(found)
-    measures = next(iter(runs.values()))[0]
+        runs.setdefault(replicate.run, []).append(tables(replicate.rows, replicate.reward_values()))
+    names = next(iter(runs.values()))[0]
     return {
-        measure: bootstrap.measure([[each[measure] for each in its] for its in runs.values()], model)
-        for measure in measures
+        name: bootstrap.measure([[each[name] for each in its] for its in runs.values()], model)
+        for name in names
     }
 
 
 def _differences(
-    measure: str, pairs: Sequence[tuple[str, str]], resampled: Mapping[str, Mapping[str, Resampled]]
+    name: str, pairs: Sequence[tuple[str, str]], models: Mapping[str, Measured]
 ) -> list[Difference]:
-    if not pairs:
-        return []
-    sides = [(resampled[model][measure], resampled[against][measure]) for model, against in pairs]
-    means = np.array([a.value - b.value for a, b in sides])
-    first = sides[0][0]
-    found = None
-    if first.samples is not None:
-        found = simultaneous_intervals(
-            means,
-            np.stack([a.samples - b.samples for a, b in sides], axis=1),  # type: ignore[operator]
-        )
+    resampled = {label: its.resampled for label, its in models.items() if its.resampled is not None}
+    made = compare(resampled, pairs) if len(resampled) == len(models) else [None] * len(pairs)
     return [
         Difference(
             model=model,
             against=against,
-            measure=measure,
-            mean=float(means[number]),
-            low=None if found is None else float(found.low[number]),
-            high=None if found is None else float(found.high[number]),
-            corrected_low=None if found is None else float(found.corrected_low[number]),
-            corrected_high=None if found is None else float(found.corrected_high[number]),
-            p_value=None if found is None else float(found.p_value[number]),
-            rows=first.rows,
-            users=first.users,
+            measure=name,
+            mean=models[model].value - models[against].value,
+            low=None if found is None else found.low,
+            high=None if found is None else found.high,
+            corrected_low=None if found is None else found.corrected_low,
+            corrected_high=None if found is None else found.corrected_high,
+            p_value=None if found is None else found.corrected_p,
+            rows=models[model].rows,
+            users=models[model].users,
         )
-        for number, (model, against) in enumerate(pairs)
+        for (model, against), found in zip(pairs, made, strict=True)
     ]
 
 
-def _leader(
-    measure: str, labels: Sequence[str], resampled: Mapping[str, Mapping[str, Resampled]]
-) -> str | None:
+def _leader(name: str, models: Mapping[str, Measured]) -> str | None:
     """The best model, if its lead over every other holds when all pairs are looked at: the data chose the leader, too."""
-    sign = -1 if measure.endswith(LOWER_IS_BETTER) else 1
-    first = max(labels, key=lambda label: sign * resampled[label][measure].value)
-    found = _differences(measure, list(combinations(labels, 2)), resampled)
-    for each in found:
-        if first in (each.model, each.against):
-            if each.corrected_low is None or each.corrected_high is None:
-                return None
-            if each.corrected_low <= 0 <= each.corrected_high:
-                return None
-    return first
+    resampled = {label: its.resampled for label, its in models.items() if its.resampled is not None}
+    if len(resampled) < len(models):
+        return None
+    return lead(resampled, higher_is_better=not name.endswith(LOWER_IS_BETTER))
 
 
-def interval(resampled: Resampled) -> Interval:
-    """A figure with its percentile interval."""
-    if resampled.samples is None:
-        return Interval(mean=resampled.value, low=None, high=None)
-    low, high = np.quantile(resampled.samples, [0.025, 0.975])
-    return Interval(mean=resampled.value, low=float(low), high=float(high))
+def interval(measured: Measured) -> Interval:
+    """A figure with its interval over users and training runs."""
+    one = measured.resampled
+    if one is None:
+        return Interval(mean=measured.value, low=None, high=None)
+    nothing = np.zeros(len(one.over_both))
+    zero = Resampled(0.0, nothing, nothing, 0.0, 1, one.users)
+    (found,) = compare({"it": one, "zero": zero})
+    return Interval(mean=measured.value, low=found.low, high=found.high)
 
 
 def summarise_model(
-    replicates: Sequence[Replicate], resampled: Mapping[str, Resampled] | None = None, unanswered: int = 0
+    replicates: Sequence[Replicate], measured: Mapping[str, Measured] | None = None, unanswered: int = 0
 ) -> ModelSummary:
     """Figures of one model on at least one row; of eq. 5 too, where the replicates have rewards."""
     by_replicate = [replicate.scored() for replicate in replicates]
@@ -416,7 +386,7 @@ def summarise_model(
         verifiable={task: fmean(row.verifiable for row in rows if row.task == task) for task in tasks},
         metrics=metrics,
         strict=strict,
-        intervals={measure: interval(each) for measure, each in (resampled or {}).items()},
+        intervals={name: interval(each) for name, each in (measured or {}).items()},
         unparsable=sum(
             metrics[task]["unparsable"] * sum(row.task == task for row in rows) / len(rows) for task in tasks
         ),

@@ -19,18 +19,12 @@ from tagpr.benchmarks.storage import examples_file, read_examples, read_users
 from tagpr.console import library_output_to
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.evaluation import report
-from tagpr.evaluation.generate import (
-    Engine,
-    EngineSettings,
-    PromptRenderer,
-    PromptSettings,
-    VllmEngine,
-    answer,
-    in_own_process,
-)
+from tagpr.evaluation.engines import Engine, EngineSettings, open_engine
+from tagpr.evaluation.generate import answer, in_own_process
 from tagpr.evaluation.measures import Bootstrap
 from tagpr.evaluation.methods import Method, read_methods, settings_of
 from tagpr.evaluation.prmu_scores import Answered, BackgroundServer, prmu_scores
+from tagpr.evaluation.prompts import PromptRenderer, PromptSettings
 from tagpr.evaluation.rows import Key, Row, RowFile
 from tagpr.evaluation.score import (
     Decoding,
@@ -40,11 +34,12 @@ from tagpr.evaluation.score import (
     SweepPoint,
     guided_reward,
     interval,
-    resample,
+    measure,
     score_row,
     summarise,
 )
 from tagpr.evaluation.tables import markdown
+from tagpr.retrieval import RETRIEVERS
 from tagpr.rewards.composite import RewardWeights
 from tagpr.runs import (
     check_model_folder,
@@ -212,6 +207,12 @@ def read_conditions(config: DictConfig) -> list[Condition]:
     else:
         swept = [Condition(own.retriever, size) for size in sizes]
         swept += [Condition(name, own.profile_size) for name in retrievers]
+    known = (*RETRIEVERS, "contriever")
+    for condition in swept:
+        if condition.retriever not in known:
+            raise ConfigError(
+                f"evaluate.sweep.retrievers={condition.retriever}: no such retriever. Known: {', '.join(known)}."
+            )
     return list(dict.fromkeys([own, *swept]))
 
 
@@ -241,6 +242,7 @@ def _jobs(
                     max_prompt_tokens=config.benchmark.max_prompt_tokens,
                     max_response_tokens=config.benchmark.max_response_tokens,
                     seed=config.run.seed,
+                    thinking_tokens=settings.thinking_tokens,
                 )
                 folder = directory / "sweep" / condition.name if place else directory
                 determined = {
@@ -248,7 +250,6 @@ def _jobs(
                     **asdict(prompts),
                     "temperature": settings.temperature,
                     "dtype": engine.dtype,
-                    "thinking_tokens": settings.thinking_tokens,
                     # Scores of kept rows depend on it, and a trained model's answers do.
                     "tags": dict(vocabulary()),
                     **settings_of(method, model),
@@ -319,7 +320,7 @@ def answer_with(
                     beside()
                 opened.append(
                     stack.enter_context(
-                        VllmEngine(job.method.model, job.engine, job.passes[0].prompts, job.temperature)
+                        open_engine(job.method, job.engine, job.passes[0].prompts, job.temperature)
                     )
                 )
             return nullcontext(opened[0])
@@ -333,7 +334,7 @@ def answer_with(
                     seeds=job.seeds if each is job.passes[0] else job.seeds[:1],
                     file=file,
                     renderer=lambda prompts=each.prompts: PromptRenderer(  # type: ignore[misc]
-                        job.method.prompt_tokenizer, prompts
+                        job.method.prompt_tokenizer, prompts, job.method.thinking
                     ),
                     engine=engine,
                     score=lambda generation, example: score_row(generation, example, _is_seen(example, seen)),
@@ -556,7 +557,7 @@ def _sweep(
                 if job.method.label == label
             ]
             shown = [row for replicate in replicates for row in replicate.rows]
-            found = resample(replicates, bootstrap, number)
+            found = measure(replicates, bootstrap, number)
             points.append(
                 SweepPoint(
                     retriever=condition.retriever,
@@ -565,7 +566,7 @@ def _sweep(
                     rows=len(replicates[0].rows),
                     items_used=fmean(row.items_used for row in shown),
                     prompts_shortened=len({row.id for row in shown if row.items_shortened}),
-                    intervals={measure: interval(each) for measure, each in found.items()},
+                    intervals={name: interval(each) for name, each in found.items()},
                 )
             )
     return points

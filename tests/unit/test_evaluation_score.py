@@ -20,7 +20,7 @@ from tagpr.evaluation.score import (
     SweepPoint,
     guided_reward,
     interval,
-    resample,
+    measure,
     score_row,
     summarise,
     summarise_model,
@@ -392,9 +392,9 @@ def test_a_difference_is_the_difference_of_the_figures(rows: list[tuple[bool, bo
     }
     rewards = {label: rewarded(its, len(its[0].user_id)) for label, its in models.items()}
     found = compared(models, 20, rewards)
-    for measure in ("task_score", "reward"):
-        difference = next(each for each in found.differences if each.measure == measure)
-        base, sft = (getattr(found.models[label], measure) for label in models)
+    for name in ("task_score", "reward"):
+        difference = next(each for each in found.differences if each.measure == name)
+        base, sft = (getattr(found.models[label], name) for label in models)
         assert difference.mean == pytest.approx(sft - base, abs=1e-9)
         if difference.low is not None and difference.high is not None:
             assert difference.low <= difference.high
@@ -524,8 +524,8 @@ def test_a_sweep_is_a_table_of_conditions() -> None:
             items_used=size,
             prompts_shortened=0,
             intervals={
-                measure: interval(each)
-                for measure, each in resample(
+                name: interval(each)
+                for name, each in measure(
                     replicates(model([n < size for n in range(4)], list("abcd"))), bootstrap, 0
                 ).items()
             },

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,21 +15,28 @@ from tagpr.benchmarks.storage import write_examples
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, RewardServerError, StageError, TagPRError
 from tagpr.evaluation import prmu_scores, stage
-from tagpr.evaluation.generate import Completion, RenderedPrompt, Request, in_own_process
+from tagpr.evaluation.engines import Completion, Request
+from tagpr.evaluation.generate import in_own_process
+from tagpr.evaluation.methods import Method
+from tagpr.evaluation.prompts import RenderedPrompt
 from tagpr.schema import Example
 
 LABELS = ["base", "sft", "guided", "exploratory"]
 
 
 class FakeRenderer:
-    def __init__(self, model: str, settings: object) -> None:
+    def __init__(self, model: str, settings: object, thinking: bool = True) -> None:
         self.model = model
+        self.thinking = thinking
 
     def render(self, example: Example) -> RenderedPrompt:
         return RenderedPrompt(f"Prompt of {example.id}", (1, 2, 3), 0, 0)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
+
+    def response_text(self, text: str) -> str:
+        return text
 
     def reasoning_tokens(self, response: str, total: int) -> int:
         return total
@@ -40,11 +47,11 @@ class FakeEngine:
 
     started: list[str] = []  # noqa: RUF012
 
-    def __init__(self, model: str, *_: object) -> None:
-        self.model = model
-        self.started.append(Path(model).parent.name)
+    def __init__(self, method: Method, *_: object) -> None:
+        self.model = method.model
+        self.started.append(Path(method.model).parent.name)
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in requests:
             reply = (Path(self.model) / "reply.txt").read_text()
             yield Completion(request.key, tuple(map(ord, reply)), "stop")
@@ -68,7 +75,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubServer:
 @pytest.fixture
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: StubServer) -> Path:
     monkeypatch.setattr(stage, "PromptRenderer", FakeRenderer)
-    monkeypatch.setattr(stage, "VllmEngine", FakeEngine)
+    monkeypatch.setattr(stage, "open_engine", FakeEngine)
     monkeypatch.setattr(stage, "_has_gpu", lambda: False)
     FakeEngine.started.clear()
     for split, users in (("train", 2), ("dev", 4)):
@@ -148,6 +155,51 @@ def test_samples_stand_beside_greedy_answers(outputs: Path) -> None:
     assert len((outputs / "evaluation" / "sft.jsonl").read_text().splitlines()) == 36
 
 
+def test_a_sweep_uses_one_engine_and_adds_to_nothing_that_is_there(outputs: Path) -> None:
+    alone = evaluate(outputs, "evaluate.only=[base,sft]")
+    started = len(FakeEngine.started)
+    sweep = [
+        "evaluate.sweep.profile_sizes=[0,8,2]",
+        "evaluate.sweep.retrievers=[random]",
+        "evaluate.seeds=[5]",
+    ]
+    swept = evaluate(outputs, "evaluate.only=[base,sft]", *sweep)
+    assert len(FakeEngine.started) == started + 2
+    assert swept["decodings"][0] == alone["decodings"][0]
+    conditions = [(point["retriever"], point["profile_size"], point["model"]) for point in swept["sweep"]]
+    assert conditions == [
+        (retriever, size, model)
+        for retriever, size in [("recency", 8), ("recency", 0), ("recency", 2), ("random", 8)]
+        for model in ("base", "sft")
+    ]
+    lines = (outputs / "evaluation" / "sweep" / "recency-2" / "sft.jsonl").read_text().splitlines()
+    assert len(lines) == 12  # greedy answers only
+    page = (outputs / "evaluation" / "report.html").read_text()
+    assert "by profile items" in page
+    assert "by retriever" in page
+    evaluate(outputs, "evaluate.only=[base,sft]", *sweep)
+    assert len(FakeEngine.started) == started + 2
+
+
+def test_every_pair_of_a_sweep(outputs: Path) -> None:
+    overrides = ["evaluate.sweep.profile_sizes=[0,4]", "evaluate.sweep.retrievers=[random,recency]"]
+    swept = evaluate(outputs, "evaluate.only=[sft]", *overrides, "evaluate.sweep.product=true")
+    conditions = [(point["retriever"], point["profile_size"]) for point in swept["sweep"]]
+    assert conditions == [("recency", 8), ("random", 0), ("random", 4), ("recency", 0), ("recency", 4)]
+
+
+def test_training_runs_of_one_method_are_one_row_of_the_table(outputs: Path, stub: StubServer) -> None:
+    make_model(outputs / "again" / "model", "<think>\nwords.\n</think>\n\n1")
+    runs = f"evaluate.models.sft=[{outputs}/sft/model,{outputs}/again/model]"
+    found = evaluate(outputs, runs, "evaluate.only=[base,sft]")["decodings"][0]["models"]
+    assert list(found) == ["base", "sft"]
+    assert found["sft"]["replicates"] == ["run 1, greedy", "run 2, greedy"]
+    assert found["sft"]["task_score"] == 0.5
+    assert found["sft"]["reward"] is not None
+    asked = {item["id"].split("/")[0] for items in stub.requests for item in items}
+    assert asked == {"base", "sft", "sft-run2"}
+
+
 def test_the_reward_is_asked_about_what_the_model_saw_and_said(outputs: Path, stub: StubServer) -> None:
     summary = evaluate(outputs, "evaluate.only=[base,sft]", "evaluate.seeds=[5]")
     asked = {item["id"]: item for items in stub.requests for item in items}
@@ -210,9 +262,9 @@ def test_beside_an_engine_on_a_cpu_the_server_starts_at_once(
     order: list[str] = []
 
     class Engine(FakeEngine):
-        def __init__(self, model: str, *_: object) -> None:
+        def __init__(self, method: Method, *_: object) -> None:
             order.append("engine")
-            super().__init__(model)
+            super().__init__(method)
 
     def start(server: prmu_scores.BackgroundServer) -> None:
         order.append("server")
@@ -220,7 +272,7 @@ def test_beside_an_engine_on_a_cpu_the_server_starts_at_once(
 
     actually_start = prmu_scores.BackgroundServer.start
     monkeypatch.setattr(prmu_scores.BackgroundServer, "start", start)
-    monkeypatch.setattr(stage, "VllmEngine", Engine)
+    monkeypatch.setattr(stage, "open_engine", Engine)
     monkeypatch.setattr(stage, "_has_gpu", lambda: gpu)
     evaluate(outputs, "evaluate.only=[sft]", "evaluate.engine.process_per_model=false")
     assert order[:2] == (["engine", "server"] if gpu else ["server", "engine"])
@@ -289,6 +341,8 @@ def test_a_model_of_ones_own(outputs: Path) -> None:
         (["paths.sft=/nowhere"], StageError, "recipes/sft.sh"),
         (["paths.prmu=/nowhere"], StageError, "paths.prmu=/nowhere: no such folder. Run `bash recipes/train_prmu.sh`"),
         (["evaluate.reward_weights.beta=much"], ConfigError, "evaluate.reward_weights.beta=much: no weight"),
+        (["evaluate.sweep.profile_sizes=[-1]"], ConfigError, "evaluate.sweep.profile_sizes=-1"),
+        (["evaluate.sweep.retrievers=[google]"], ConfigError, "google"),
         (["evaluate.reward_batch_items=0"], ConfigError, "evaluate.reward_batch_items=0"),
         (["+evaluate.models={a.prmu: /x}"], ConfigError, "evaluate.models.a.prmu: cannot name a file"),
     ],
