@@ -15,6 +15,7 @@ from typing import Any
 
 from tagpr.errors import StageError
 from tagpr.schema import Manifest
+from tagpr.vocabulary import vocabulary
 
 VERSIONED = (
     "tagpr",
@@ -101,8 +102,28 @@ def manifest(stage: str, inputs: Mapping[str, Path], seed: int, **notes: Any) ->
             for name, path in inputs.items()
         },
         seed=seed,
-        notes=notes,
+        notes={"tags": list(vocabulary()), **notes},
     )
+
+
+def check_tags_of(made: Path, key: str) -> None:
+    """Refuse what was made for other tags than those in use (S41), as far as a ``manifest.json`` in ``made`` says it.
+
+    Raises:
+        StageError: naming the key and a tag that one side lacks.
+    """
+    try:
+        tags = json.loads((made / "manifest.json").read_text(encoding="utf-8"))["notes"]["tags"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of another origin: a model of the hub, a user's own chains
+    used = list(vocabulary())
+    if set(tags) != set(used):
+        only = [f"{tag!r} is not among tags.vocabulary" for tag in tags if tag not in used]
+        only += [f"tags.vocabulary has {tag!r} besides" for tag in used if tag not in tags]
+        raise StageError(
+            f"{key}: {made} was made for other tags: {only[0]}. Set tags.vocabulary as it was then, or run.outputs to another "
+            "folder."
+        )
 
 
 def check_model_folder(value: str, key: str, recipe: str, may_be_hub_id: bool = False) -> None:

@@ -62,6 +62,7 @@ def run(config: DictConfig) -> None:
     settings = config.train_prmu
     _check(settings)
     files = pair_files(Path(config.paths.chains))
+    runs.check_tags_of(Path(config.paths.chains), "paths.chains")
     runs.check_model_folder(settings.init, "train_prmu.init", "base.sh", may_be_hub_id=True)
     inputs = {str(path): path for path in files} | {settings.init: Path(settings.init)}
     target = Path(config.paths.prmu)

@@ -24,7 +24,13 @@ from tagpr.prmu.model import content_version
 from tagpr.prmu.wire import read_token
 from tagpr.rl.checks import check
 from tagpr.rl.data import draw, examples_of, write_rows
-from tagpr.runs import check_model_folder, manifest, write_json_atomically, write_text_atomically
+from tagpr.runs import (
+    check_model_folder,
+    check_tags_of,
+    manifest,
+    write_json_atomically,
+    write_text_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ def run(config: DictConfig) -> None:
     make_paths_absolute(config)
     start_model = config.actor_rollout_ref.model.path
     check_model_folder(start_model, "actor_rollout_ref.model.path", RECIPES[config.objective.mode])
+    check_tags_of(Path(start_model).parent, "actor_rollout_ref.model.path")
     run_dir = Path(config.run.dir)
     model = run_dir / "model"
     fit_context(config)

@@ -20,6 +20,7 @@ from tagpr.errors import StageError
 from tagpr.runs import (
     MetricsLog,
     check_model_folder,
+    check_tags_of,
     complete_lines,
     manifest,
     write_json_atomically,
@@ -46,6 +47,7 @@ def run(config: DictConfig) -> None:
     chains = Path(config.data.train_files).resolve()
     if not chains.is_file():
         raise StageError(f"data.train_files={chains}: no such file. Run `bash recipes/build_chains.sh`.")
+    check_tags_of(chains.parent, "data.train_files")
     hub = config.setting != "minilamp"
     check_model_folder(config.model.path, "model.path", "quickstart.sh", may_be_hub_id=hub)
     if Path(config.model.path).exists():

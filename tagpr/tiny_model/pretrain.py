@@ -26,7 +26,7 @@ from tagpr.benchmarks.minilamp.reader import FaultRates, reason, untagged
 from tagpr.benchmarks.minilamp.world import TASK_NAMES, User, population, visible
 from tagpr.configuration import main
 from tagpr.errors import StageError
-from tagpr.runs import check_model_folder, manifest, write_json_atomically
+from tagpr.runs import check_model_folder, check_tags_of, manifest, write_json_atomically
 from tagpr.tags import format_response, split_response
 from tagpr.tiny_model.tokenizer import MAX_POSITIONS, build_tokenizer
 
@@ -55,6 +55,7 @@ def run(config: DictConfig) -> None:
         return
     if target.exists():
         check_model_folder(base, "paths.base", "base.sh")
+        check_tags_of(target.parent, "paths.base")
         logger.info("base model: %s is there already; remove it to make another", base)
         return
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not target.parent.exists():
