@@ -65,6 +65,7 @@ class Budget:
         self.uncertain = 0.0
         self.reserved = 0.0
         self._key = key
+        self._under_way = 0
         self._settled = asyncio.Event()
 
     def price(self, model: str) -> Price:
@@ -95,11 +96,12 @@ class Budget:
         """
         dollars = self.price(model).dollars(prompt_tokens, completion_tokens)
         while dollars > self.left:
-            if not self.reserved:
+            if not self._under_way:
                 raise BudgetReachedError(self._reached(dollars))
             self._settled.clear()
             await self._settled.wait()
         self.reserved += dollars
+        self._under_way += 1
         return Reservation(model, dollars)
 
     def settle(self, reservation: Reservation, reply: Reply) -> float:
@@ -121,7 +123,9 @@ class Budget:
         self._give_back(reservation)
 
     def _give_back(self, reservation: Reservation) -> None:
-        self.reserved = max(0.0, self.reserved - reservation.dollars)
+        self._under_way -= 1
+        # Differences of floats do not end at zero by themselves.
+        self.reserved = self.reserved - reservation.dollars if self._under_way else 0.0
         reservation.dollars = 0.0
         self._settled.set()
 
