@@ -1,9 +1,12 @@
 """The prompt of an Example within a token budget."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
+from tagpr.benchmarks.task import Task
 from tagpr.benchmarks.tasks import get_task, render_prompt
 from tagpr.errors import DataError
 from tagpr.retrieval import select
@@ -12,6 +15,11 @@ from tagpr.tags import neutralise
 
 # Cut below this many words an item says nothing of its user: fewer items are the better use of the budget.
 MIN_WORDS = 6
+
+# Characters per token: more than tokenizers reach in any language, and a first guess where a prompt is far too long.
+LONG_TOKEN, USUAL_TOKEN = 6.0, 3.0
+# After so many measurements of one number of items the search takes what fits, or bisects until something does.
+ATTEMPTS = 5
 
 _WORD = re.compile(r"\S+")
 
@@ -48,15 +56,15 @@ def build_prompt(
     Every span that a user wrote (query and profile fields) is neutralised before it is rendered. A prompt
     over ``max_tokens`` is made to fit in the spirit of the official code, which gives each item an equal
     share and passes on what short ones leave: the task's long field is cut to a common number of words, the
-    largest that fits; if ``MIN_WORDS`` are still too many, the last items (the oldest, with recency) are
-    dropped. The query is never cut.
+    largest that fits or nearly so; if ``MIN_WORDS`` are still too many, the last items (the oldest, with recency) are
+    dropped. The query is never cut. A benchmark's own limit on words (``Task.shown_words``) does not count as a cut.
 
     Args:
         example: the row; its profile in file order.
         profile_size: number of items to show.
         retriever: a name of ``tagpr.retrieval.RETRIEVERS``.
         count_tokens: length in tokens of a prompt *including* whatever the caller wraps around it (chat
-            template); None: no budget. Called once for a prompt that fits, a dozen times for another.
+            template); None: no budget. Called once for a prompt that fits, two to five times for most others.
         max_tokens: the budget; None: no budget.
         seed: for the random retriever.
 
@@ -68,24 +76,24 @@ def build_prompt(
     task = get_task(example.task)
     query = neutralise(example.query)
     chosen = select(
-        example.profile, example.query, profile_size, retriever, user_id=example.user_id, seed=seed
+        example.profile,
+        task.query_text(example.query),
+        profile_size,
+        retriever,
+        item_text=task.item_text,
+        user_id=example.user_id,
+        seed=seed,
     )
     items = [_neutral(item) for item in chosen]
-    text = render_prompt(task.name, query, items)
     if count_tokens is None or max_tokens is None:
-        return Prompt(text, items_used=len(items), items_shortened=0)
-    tokens = count_tokens(text)
-    if tokens <= max_tokens:
-        return Prompt(text, items_used=len(items), items_shortened=0, tokens=tokens)
-    alone = tokens if not items else count_tokens(query)
-    if alone > max_tokens:
+        return Prompt(render_prompt(task.name, query, items), items_used=len(items), items_shortened=0)
+    fitted = _Fit(task, query, items, count_tokens, max_tokens).best()
+    if fitted is None:
         raise QueryTooLongError(
-            f"{example.id}: its query alone has {alone} tokens, the budget is {max_tokens}. "
-            "Raise benchmark.max_prompt_tokens or leave the row out."
+            f"{example.id}: its query alone has {count_tokens(render_prompt(task.name, query, ()))} tokens, the budget is "
+            f"{max_tokens}. Raise benchmark.max_prompt_tokens or leave the row out."
         )
-    return _fit(
-        task.name, query, [_Cuttable(item, task.long_field) for item in items], count_tokens, max_tokens
-    )
+    return fitted
 
 
 def _neutral(item: ProfileItem) -> ProfileItem:
@@ -93,58 +101,122 @@ def _neutral(item: ProfileItem) -> ProfileItem:
 
 
 class _Cuttable:
-    """A profile item whose long field can be cut after any of its words."""
+    """A profile item whose long field can be cut after any of its words; ``shown``: so many the benchmark shows at most."""
 
-    def __init__(self, item: ProfileItem, field: str) -> None:
+    def __init__(self, item: ProfileItem, field: str, shown: int | None) -> None:
         self.item = item
         self.field = field
-        self.word_ends = [word.end() for word in _WORD.finditer(item.fields[field])]
+        self.word_ends = [word.end() for word in islice(_WORD.finditer(item.fields[field]), shown)]
+
+    def characters(self, words: int) -> int:
+        """Length of the field cut to so many words."""
+        return self.word_ends[min(words, len(self.word_ends)) - 1] if self.word_ends else 0
 
     def cut(self, words: int) -> ProfileItem:
         if len(self.word_ends) <= words:
             return self.item
-        text = self.item.fields[self.field][: self.word_ends[words - 1]]
+        text = self.item.fields[self.field][: self.characters(words)]
         return self.item.model_copy(update={"fields": {**self.item.fields, self.field: text}})
 
 
-def _fit(
-    task: str,
-    query: str,
-    items: Sequence[_Cuttable],
-    count_tokens: Callable[[str], int],
-    max_tokens: int,
-) -> Prompt:
-    """Keep as many items as fit at ``MIN_WORDS`` each, then as many words of each; the query alone fits."""
+@dataclass(frozen=True)
+class _Measured:
+    """A prompt with so many words of each item at most: its length in characters, about, and in tokens."""
 
-    def attempt(kept: int, words: int) -> Prompt | None:
-        text = render_prompt(task, query, [item.cut(words) for item in items[:kept]])
-        tokens = count_tokens(text)
-        if tokens > max_tokens:
-            return None
-        shortened = sum(len(item.word_ends) > words for item in items[:kept])
-        return Prompt(text, kept, shortened, len(items) - kept, tokens)
+    words: int
+    characters: int
+    prompt: Prompt
 
-    # Newest first: the last is the first to go. Trying all of them first spares most prompts the search.
-    best = attempt(len(items), MIN_WORDS)
-    if best is None:
-        best = _largest(0, len(items), lambda kept: attempt(kept, MIN_WORDS))
-    assert best is not None, "the query alone was measured and fits"
-    kept = best.items_used
-    longest = max((len(item.word_ends) for item in items[:kept]), default=0)
-    return _largest(MIN_WORDS + 1, longest + 1, lambda words: attempt(kept, words)) or best
+    @property
+    def tokens(self) -> int:
+        assert self.prompt.tokens is not None
+        return self.prompt.tokens
 
 
-def _largest(low: int, high: int, attempt: Callable[[int], Prompt | None]) -> Prompt | None:
-    """Return the prompt of the largest number in [low, high) that fits, by bisection; None if none does.
+class _Fit:
+    """The search for the longest prompt within the budget.
 
-    Tokens grow with words but for a token or two at a cut; every prompt that is returned was measured.
+    Tokens grow nearly in proportion to characters, and characters cost nothing to count: a few measurements find what a bisection
+    finds in a dozen, and a profile far over the budget is never tokenized as a whole. Every prompt that is returned was measured.
     """
-    best = None
-    while low < high:
-        middle = (low + high) // 2
-        prompt = attempt(middle)
-        if prompt is None:
-            high = middle
+
+    def __init__(
+        self,
+        task: Task,
+        query: str,
+        items: Sequence[ProfileItem],
+        count_tokens: Callable[[str], int],
+        max_tokens: int,
+    ) -> None:
+        self.task = task
+        self.query = query
+        self.items = [_Cuttable(item, task.long_field, task.shown_words) for item in items]
+        self.count_tokens = count_tokens
+        self.max_tokens = max_tokens
+
+    def best(self) -> Prompt | None:
+        """The longest prompt of all items, else of as many as have room for ``MIN_WORDS`` each; None: the query is too long."""
+        fitted = self._longest(len(self.items))
+        if fitted is not None or not self.items:
+            return fitted
+        # Newest first: the last is the first to go.
+        kept, low, high = 0, 0, len(self.items) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            if _Measured(MIN_WORDS, 0, self._measure(middle, MIN_WORDS)).tokens <= self.max_tokens:
+                kept, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return self._longest(kept)
+
+    def _longest(self, kept: int) -> Prompt | None:
+        """The prompt of so many items with as many words of each as fit; None where ``MIN_WORDS`` do not."""
+        items = self.items[:kept]
+        whole = max((len(item.word_ends) for item in items), default=0)
+        least = min(MIN_WORDS, whole)
+        rest = len(render_prompt(self.task.name, self.query, [item.cut(least) for item in items]))
+        rest -= sum(item.characters(least) for item in items)
+
+        def characters(words: int) -> int:
+            return rest + sum(item.characters(words) for item in items)
+
+        fits: _Measured | None = None
+        exceeds: _Measured | None = None
+        low, high = least, whole  # still possible
+        words = whole
+        if characters(whole) > LONG_TOKEN * self.max_tokens:
+            words = _most_words(characters, least, whole, USUAL_TOKEN * self.max_tokens)
+        for attempt in count(1):
+            measured = _Measured(words, characters(words), self._measure(kept, words))
+            if measured.tokens <= self.max_tokens:
+                fits, low = measured, words + 1
+            else:
+                exceeds, high = measured, words - 1
+            if low > high or (fits and attempt >= ATTEMPTS):
+                break
+            words = _most_words(characters, least, high, self._target(fits, exceeds))
+            if fits and words < low:
+                break  # by all that is known, another word of each does not fit
+            words = max(words, low) if attempt < ATTEMPTS else (low + high) // 2
+        return fits.prompt if fits else None
+
+    def _measure(self, kept: int, words: int) -> Prompt:
+        items = self.items[:kept]
+        text = render_prompt(self.task.name, self.query, [item.cut(words) for item in items])
+        shortened = sum(len(item.word_ends) > words for item in items)
+        return Prompt(text, kept, shortened, len(self.items) - kept, self.count_tokens(text))
+
+    def _target(self, fits: _Measured | None, exceeds: _Measured | None) -> float:
+        """At how many characters the budget should be used up, by the measurements there are."""
+        known = fits or exceeds
+        assert known is not None
+        if fits and exceeds:
+            slope = (exceeds.characters - fits.characters) / (exceeds.tokens - fits.tokens)
         else:
-            best, low = prompt, middle + 1
-    return best
+            slope = known.characters / max(known.tokens, 1)
+        return known.characters + (self.max_tokens - known.tokens) * slope
+
+
+def _most_words(characters: Callable[[int], int], low: int, high: int, target: float) -> int:
+    """The most words in [low, high] with at most ``target`` characters; ``low`` where all have more."""
+    return max(low, low + bisect_right(range(low, high + 1), target, key=characters) - 1)
