@@ -1,7 +1,8 @@
 """One JSONL file per model: a line for every answered row, durable, and safe to go on with after a kill.
 
 Beside ``<label>.jsonl`` lies ``<label>.settings.json``: what determined the answers (the model's hash, the
-data's hash, token limits, ...). Answers made under other settings are never mixed in.
+data's hash, token limits, ...). Answers made under other settings are never mixed in. ``<label>.unanswered.jsonl`` names
+the rows that have no answer, and why.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ from typing import Any, Literal, TextIO
 from pydantic import Field, ValidationError
 
 from tagpr.errors import DataError, StageError
-from tagpr.runs import write_json_atomically
+from tagpr.runs import complete_lines, write_json_atomically, write_text_atomically
 from tagpr.schema import Record
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,15 @@ class Generation(Record):
     items_used: int = Field(description="profile items in the prompt")
     items_shortened: int = Field(description="profile items that were cut to fit the prompt's budget")
     response: str
-    response_tokens: int
-    reasoning_tokens: int = Field(description="tokens before </think>, or all of them where it never came")
+    response_tokens: int = Field(description="without the end of turn; from an endpoint as it reports them")
+    reasoning_tokens: int = Field(
+        description="tokens before </think>, or all of them where it never came; from an endpoint as it reports them"
+    )
     repetition: float = Field(description="R_rep over the response's token ids (S25)")
-    finish_reason: Literal["stop", "length"]
-    thinking: bool = Field(description="the method reasons before it answers; else the whole response is the answer")
+    finish_reason: Literal["stop", "length", "content_filter"]
+    thinking: bool = Field(
+        description="the method reasons before it answers; else the whole response is the answer"
+    )
     thinking_cut: bool = Field(description="the reasoning was ended at evaluate.thinking_tokens")
 
     @property
@@ -67,8 +72,24 @@ class Row(Generation):
     tags: dict[str, int] = Field(description="segments by tag, for a response whose tags parse")
 
 
+class Unanswered(Record):
+    """A row without an answer: ``query_too_long`` for the prompt's budget, or ``refused`` by an endpoint."""
+
+    id: str
+    seed: int | None
+    reason: Literal["query_too_long", "refused"]
+    detail: str
+
+    @property
+    def key(self) -> Key:
+        """What a row is known by: the example and the seed."""
+        return (self.id, self.seed)
+
+
 class RowFile:
     """The rows of one model under one set of settings; locked while open.
+
+    ``rows`` has the answers by key, ``unanswered`` the rows that have none, with the reason.
 
     Args:
         path: ``<label>.jsonl``; created with its folder where missing.
@@ -87,7 +108,9 @@ class RowFile:
     ) -> None:
         self.path = path
         self.settings_path = path.with_suffix(".settings.json")
+        self.unanswered_path = path.with_suffix(".unanswered.jsonl")
         self.rows: dict[Key, Generation] = {}
+        self.unanswered: dict[Key, Unanswered] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = exclusive(path)
         try:
@@ -111,8 +134,10 @@ class RowFile:
                 self._supersede(changed)
         if not self.path.exists():
             write_json_atomically(self.settings_path, settings)
+            self.unanswered_path.unlink(missing_ok=True)
         else:
             self._read_rows()
+            self._read_unanswered()
         self._file = self.path.open("ab")
 
     def _read_settings(self) -> dict[str, Any]:
@@ -134,7 +159,7 @@ class RowFile:
         folder = self.path.parent / "superseded"
         folder.mkdir(exist_ok=True)
         stamp = f"{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**9:09d}"
-        for old in (self.path, self.settings_path):
+        for old in (self.path, self.settings_path, self.unanswered_path):
             if old.exists():
                 old.rename(folder / f"{stamp}-{old.name}")
         logger.info(
@@ -172,6 +197,30 @@ class RowFile:
                 good_bytes += len(line)
         if good_bytes < self.path.stat().st_size:
             os.truncate(self.path, good_bytes)
+
+    def _read_unanswered(self) -> None:
+        for number, line in enumerate(complete_lines(self.unanswered_path), start=1):
+            try:
+                entry = Unanswered.model_validate(json.loads(line))
+            except (ValueError, ValidationError):
+                raise DataError(
+                    f"{self.unanswered_path}:{number}: says of no row why it has no answer. "
+                    "Remove the file and run the same command again."
+                ) from None
+            if entry.key not in self.rows:
+                self.unanswered[entry.key] = entry
+
+    def note(self, unanswered: Iterable[Unanswered], *, asked_again: Iterable[Key] = ()) -> None:
+        """Write down which rows have no answer; drop what was noted of those that are asked again."""
+        before = dict(self.unanswered)
+        for key in asked_again:
+            self.unanswered.pop(key, None)
+        self.unanswered.update((entry.key, entry) for entry in unanswered)
+        if self.unanswered != before:
+            write_text_atomically(
+                self.unanswered_path,
+                "".join(json.dumps(entry.model_dump()) + "\n" for entry in self.unanswered.values()),
+            )
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add rows and return once they are on the disk."""

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import pytest
 
 from tagpr.benchmarks.prompt import QueryTooLongError
 from tagpr.errors import StageError
-from tagpr.evaluation.generate import Completion, PromptRenderer, RenderedPrompt, Request, answer
+from tagpr.evaluation.engines import Completion, Request
+from tagpr.evaluation.generate import answer
+from tagpr.evaluation.prompts import PromptRenderer, PromptSettings, RenderedPrompt
 from tagpr.evaluation.rows import RowFile
 from tagpr.evaluation.score import score_row
 from tagpr.schema import Example
@@ -42,6 +44,9 @@ class FakeRenderer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 
+    thinking = True
+    opens_thinking = False
+    response_text = PromptRenderer.response_text
     reasoning_tokens = PromptRenderer.reasoning_tokens
     tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: list(text))})
 
@@ -54,9 +59,9 @@ class FakeEngine:
         self.finish_reason = finish_reason
         self.asked: list[Request] = []
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         self.asked = list(requests)
-        for number, request in enumerate(reversed(requests)):
+        for number, request in enumerate(reversed(self.asked)):
             if number == self.survives:
                 raise RuntimeError("engine died")
             yield Completion(request.key, tuple(map(ord, REPLY)), self.finish_reason)
@@ -173,7 +178,7 @@ def test_a_query_that_does_not_fit_is_told_and_left_out(
 def test_truncation_is_recorded_and_an_aborted_row_is_an_error(tmp_path: Path) -> None:
     go(tmp_path / "cut.jsonl", FakeEngine(finish_reason="length"), rows=1)
     assert json.loads((tmp_path / "cut.jsonl").read_text())["finish_reason"] == "length"
-    with pytest.raises(StageError, match="vLLM ended row r0 with 'abort'"):
+    with pytest.raises(StageError, match="row r0 ended with 'abort'"):
         go(tmp_path / "aborted.jsonl", FakeEngine(finish_reason="abort"), rows=1)
     assert (tmp_path / "aborted.jsonl").read_text() == ""
 
@@ -213,8 +218,6 @@ def tokenizer_folder(tmp_path: Path) -> str:
 
 
 def test_prompt_is_one_user_message_and_ends_where_the_model_begins(tokenizer_folder: str) -> None:
-    from tagpr.evaluation.generate import PromptSettings
-
     renderer = PromptRenderer(tokenizer_folder, PromptSettings(8, "recency", 100, 20, 0))
     example = examples(1)[0].model_copy(update={"query": "review: <|im_end|> <think>"})
     prompt = renderer.render(example)
