@@ -181,5 +181,7 @@ def complete_lines(path: Path) -> list[str]:
     """Lines of a file that may still be written to, or whose writer was killed: without a torn last one; [] if absent."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+    # In bytes, and at line feeds only: the torn end may be half a character, and text may hold U+2028.
+    return [
+        line.decode("utf-8") for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+    ]
