@@ -18,6 +18,8 @@ from hydra import initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tagpr.benchmarks.own import VARIABLE as TASKS_VARIABLE
+from tagpr.benchmarks.own import own_tasks, read_tasks
 from tagpr.errors import ConfigError, TagPRError
 from tagpr.vocabulary import VARIABLE as TAGS_VARIABLE
 from tagpr.vocabulary import vocabulary
@@ -32,7 +34,20 @@ DEAD_KEYS = {
 }
 
 # Files that code far from any configuration reads, in child processes and Ray workers too: key -> environment variable.
-EXPORTED = {"tags.vocabulary": TAGS_VARIABLE, "benchmark.own_tasks": "TAGPR_TASKS"}
+EXPORTED = {"tags.vocabulary": TAGS_VARIABLE, "benchmark.own_tasks": TASKS_VARIABLE}
+
+
+def _own_task_names(path: str | None) -> list[str]:
+    """Names in a file of own tasks; none where it cannot be used, which :func:`export` then says."""
+    if not path:
+        return []
+    try:
+        return list(read_tasks(Path(path).expanduser()))
+    except ConfigError:
+        return []
+
+
+OmegaConf.register_new_resolver("own_task_names", _own_task_names, replace=True)
 
 
 def compose(stage: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -91,6 +106,7 @@ def export(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: no such file. Point it to a YAML file, or set null.")
         os.environ[variable] = str(path)
     vocabulary()
+    own_tasks()
 
 
 def exported() -> dict[str, str]:

@@ -41,6 +41,10 @@ _ENDS: dict[str, tuple[bytes, bytes, str]] = {
 }
 
 
+class FetchError(DataError):
+    """A file cannot be had from its server; a person may put it in place by hand."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """One file on a server and its place here; ``key`` is the setting that its address comes from."""
@@ -82,8 +86,8 @@ def download(remotes: Sequence[Remote], folder: Path, patience: Patience) -> Non
     A second process that downloads into the same folder waits for the first.
 
     Raises:
-        DataError: a file cannot be had (wrong address, no network, a server that keeps failing) or is not what it
-            should be; the message names the address and the file to put in place by hand. What was fetched stays.
+        FetchError: a file cannot be had (wrong address, no network, a server that keeps failing) or is not what it
+            should be; the message names the address. What was fetched stays, and the same call goes on from there.
         StageError: the disk has no room for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +102,7 @@ def download(remotes: Sequence[Remote], folder: Path, patience: Patience) -> Non
         for number, remote in enumerate(missing, start=1):
             logger.info("%d of %d: %s -> %s", number, len(missing), remote.shown, remote.target)
             remote.target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                source = _Transfer(client, remote, patience).fetch()
-            except DataError as error:
-                left = [other.target for other in missing[number:]]
-                raise DataError(f"{error} {_by_hand(remote, left)}") from error
+            source = _Transfer(client, remote, patience).fetch()
             _note(folder, remote.target, remote.shown, source)
 
 
@@ -155,11 +155,6 @@ def _note(folder: Path, path: Path, address: str, version: Mapping[str, Any]) ->
     write_json_atomically(folder / RECORD, record)
 
 
-def _by_hand(remote: Remote, left: Sequence[Path]) -> str:
-    more = f", then also {', '.join(map(str, left))}" if left else ""
-    return f"Put the file at {remote.target}{more}; the same command goes on from there."
-
-
 class _Transfer:
     """One file, over as many attempts as it takes."""
 
@@ -186,7 +181,7 @@ class _Transfer:
                 if failures >= (
                     self.patience.attempts if reached else min(self.patience.attempts, _ATTEMPTS_UNREACHED)
                 ):
-                    raise DataError(
+                    raise FetchError(
                         f"{self.remote.shown}: {error}, after {failures} attempts. Check the network and "
                         f"{self.remote.key}."
                     ) from error
@@ -231,13 +226,13 @@ class _Transfer:
                 self.room_for(None if total is None else total - have)
                 self.write(response, have, total)
         except httpx.InvalidURL as error:
-            raise DataError(f"{self.remote.key}: {error}. Correct the address.") from error
+            raise FetchError(f"{self.remote.key}: {error}. Correct the address.") from error
         except httpx.UnsupportedProtocol as error:
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.key}: {self.remote.shown} is no http address. Correct it."
             ) from error
         except httpx.TooManyRedirects as error:
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: redirects in a circle. Check {self.remote.key}."
             ) from error
         except (httpx.TransportError, httpx.StreamError) as error:
@@ -259,11 +254,11 @@ class _Transfer:
         if status in _TRANSIENT_STATUS:
             raise _TransientError(f"the server answers HTTP {status}", _retry_after(response))
         if status not in (200, 206):
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: the server answers HTTP {status}. Check {self.remote.key}."
             )
         if status == 206 and "range" not in response.request.headers:
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: the server sends a part of the file unasked. Check {self.remote.key}."
             )
         if response.headers.get("content-type", "").partition(";")[0].strip().lower() in (
@@ -273,13 +268,13 @@ class _Transfer:
             self.forget()
             raise self.html()
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: the server sends compressed data unasked. Check {self.remote.key}."
             )
 
-    def html(self) -> DataError:
+    def html(self) -> FetchError:
         # LaMP's server answers a wrong address this way, with status 200.
-        return DataError(
+        return FetchError(
             f"{self.remote.shown}: is an HTML page, not the file. Check {self.remote.key}, and that no log-in page "
             "is in between."
         )
@@ -346,7 +341,7 @@ class _Transfer:
         opens, _, kind = _ENDS.get(self.remote.target.suffix, (None, None, ""))
         if opens and text[:1] not in [opens[i : i + 1] for i in range(len(opens))]:
             self.forget()
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: is no {kind} file, it begins with {text[:20]!r}. Check {self.remote.key}."
             )
         return True
@@ -360,7 +355,7 @@ class _Transfer:
             end = stream.read().rstrip()
         if not end or (closes and end[-1] not in closes):
             self.forget()
-            raise DataError(
+            raise FetchError(
                 f"{self.remote.shown}: {'is empty' if not size else f'ends in the middle of its {kind}'} although the "
                 f"server calls it whole ({size:,} bytes). Try again later, or check {self.remote.key}."
             )
@@ -466,7 +461,7 @@ def download_from_hub(
     from the environment.
 
     Raises:
-        DataError: no network, no such dataset or revision, or not one file that matches.
+        FetchError: no network, no such dataset or revision, or not one file that matches.
     """
     # Here, since it takes a second to import and nothing else of the stage needs it.
     from huggingface_hub import HfApi, snapshot_download
@@ -479,9 +474,6 @@ def download_from_hub(
 
     folder.mkdir(parents=True, exist_ok=True)
     logger.info("%s at %s: %s -> %s", repository, revision, ", ".join(patterns), folder)
-    by_hand = (
-        f"Put the files matching {', '.join(patterns)} of that dataset into {folder} by hand, or check {key}."
-    )
     with exclusive(folder / ".lock"):
         try:
             # Asked first: snapshot_download() itself is silent about a hub out of reach where the folder exists.
@@ -502,11 +494,13 @@ def download_from_hub(
             httpx.HTTPError,
         ) as error:
             said = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-            raise DataError(
-                f"{key}={repository}: cannot be fetched from the hub ({said}). {by_hand}"
+            raise FetchError(
+                f"{key}={repository}: cannot be fetched from the hub ({said}). Check {key} and the network."
             ) from error
         files = {pattern: sorted(folder.glob(pattern)) for pattern in patterns}
         if absent := [pattern for pattern, found in files.items() if not found]:
-            raise DataError(f"{key}={repository}: has no file {', '.join(absent)} at {revision}. {by_hand}")
+            raise FetchError(
+                f"{key}={repository}: has no file {', '.join(absent)} at {revision}. Check {key}."
+            )
         for path in sorted({path for found in files.values() for path in found}):
             _note(folder, path, f"hub dataset {repository}", {"commit": commit})

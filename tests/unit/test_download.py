@@ -199,7 +199,7 @@ def test_waits_grow_and_a_server_may_ask_for_more(tmp_path: Path, server: Server
 
 def test_a_lasting_fault_ends_in_one_line(tmp_path: Path, server: Server) -> None:
     server.turns = [status(500)] * 9
-    with pytest.raises(DataError, match=r"HTTP 500, after 4 attempts.*the\.key.*raw/rows\.json") as caught:
+    with pytest.raises(DataError, match=r"HTTP 500, after 4 attempts.*the\.key") as caught:
         fetch(tmp_path, server)
     assert "\n" not in str(caught.value)
     assert len(server.requests) == 4
@@ -272,10 +272,10 @@ def test_compressed_data_that_nobody_asked_for_is_refused(tmp_path: Path, server
     assert server.requests[0]["accept-encoding"] == "identity"
 
 
-def test_no_network_is_said_soon_and_names_every_file(tmp_path: Path) -> None:
+def test_no_network_is_said_soon(tmp_path: Path) -> None:
     nobody = "http://127.0.0.1:9/rows.json"
     remotes = [Remote(nobody, tmp_path / name, "the.key") for name in ("a.json", "b.json")]
-    with pytest.raises(DataError, match=r"no connection .*after 3 attempts.*a\.json, then also .*b\.json"):
+    with pytest.raises(DataError, match=r"no connection .*after 3 attempts"):
         download(remotes, tmp_path, Patience(attempts=9, backoff_s=0.0))
 
 
@@ -442,7 +442,7 @@ def test_what_the_hub_does_not_have_is_one_line(
     with pytest.raises(DataError, match=problem) as caught:
         download_from_hub(repository, "main", [pattern], tmp_path, "the.key", hub)
     assert "\n" not in str(caught.value)
-    assert "by hand, or check the.key" in str(caught.value)
+    assert "Check the.key" in str(caught.value)
 
 
 @pytest.mark.usefixtures("online")
