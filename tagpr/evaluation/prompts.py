@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tagpr.benchmarks.prompt import build_prompt
+from tagpr.dense_retrieval import install
 from tagpr.errors import ConfigError, StageError
 from tagpr.schema import Example
 from tagpr.tags import THINK_CLOSE, THINK_OPEN
@@ -23,6 +24,7 @@ class PromptSettings:
     max_response_tokens: int
     seed: int
     thinking_tokens: int | None = None
+    retriever_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PromptRenderer:
             ) from None
         if not self.tokenizer.chat_template:
             raise ConfigError(f"{model}: its tokenizer has no chat template. Use a chat model's folder.")
+        install(settings.retriever, settings.retriever_model)
         self.settings = settings
         self.thinking = thinking
         self.opens_thinking = thinking and self.decode(self.encode("")).rstrip().endswith(THINK_OPEN)

@@ -39,7 +39,7 @@ from tagpr.evaluation.score import (
     summarise,
 )
 from tagpr.evaluation.tables import markdown
-from tagpr.retrieval import RETRIEVERS
+from tagpr.retrieval import DENSE, known_retrievers
 from tagpr.rewards.composite import RewardWeights
 from tagpr.runs import (
     check_model_folder,
@@ -207,7 +207,7 @@ def read_conditions(config: DictConfig) -> list[Condition]:
     else:
         swept = [Condition(own.retriever, size) for size in sizes]
         swept += [Condition(name, own.profile_size) for name in retrievers]
-    known = (*RETRIEVERS, "contriever")
+    known = known_retrievers()
     for condition in swept:
         if condition.retriever not in known:
             raise ConfigError(
@@ -243,6 +243,9 @@ def _jobs(
                     max_response_tokens=config.benchmark.max_response_tokens,
                     seed=config.run.seed,
                     thinking_tokens=settings.thinking_tokens,
+                    retriever_model=config.benchmark.retriever_model
+                    if condition.retriever == DENSE
+                    else None,
                 )
                 folder = directory / "sweep" / condition.name if place else directory
                 determined = {

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
+from tagpr.dense_retrieval import install
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
@@ -166,6 +167,7 @@ def prepare_rows(config: DictConfig) -> int:
         return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     benchmark = config.benchmark
+    install(benchmark.retriever, benchmark.retriever_model)
     prompts = 0
     for split, path in (("train", config.data.train_files), ("dev", config.data.val_files)):
         examples = [e for e in examples_of(config.paths.examples, split) if e.task in benchmark.tasks]
