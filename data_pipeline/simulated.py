@@ -7,7 +7,6 @@ prompt and the request's seed only; a share of them is faulty on purpose, so tha
 
 import contextlib
 import hashlib
-import hmac
 import importlib.resources
 import json
 import logging
@@ -17,14 +16,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from data_pipeline import judge as judge_module
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import ChainSettings, PromptFiles, Settings, SimulatedFaults
+from data_pipeline.simulated_http import Server
 from data_pipeline.simulated_tagger import SimulatedTagger
 from tagpr.benchmarks.minilamp import reader
 from tagpr.errors import ConfigError, DataError, StageError
@@ -34,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 TEACHER, JUDGE, TAGGER = "simulated-teacher", "simulated-judge", "simulated-tagger"
 START_TIMEOUT_S = 60.0
-# What real endpoints of this kind ask for is seconds; here it only has to be obeyed.
-RETRY_AFTER_MS = 200
+# Faults with these beginnings change when a reply comes, not what it says.
+TRANSPORT = ("http_", "batch_", "slow_", "latency_")
 
 
 class Start(Settings):
@@ -44,6 +43,7 @@ class Start(Settings):
     key: str
     prompts: PromptFiles
     faults: SimulatedFaults
+    state: str
 
 
 @dataclass(frozen=True)
@@ -120,103 +120,10 @@ class Simulation:
         return Content(f"```json\n{text}\n```" if rng.random() < 0.2 else text)
 
 
-class Server:
-    """The HTTP side: who may ask, transient failures, and the wire format."""
-
-    def __init__(self, key: str, simulation: Simulation) -> None:
-        self._authorization = f"Bearer {key}"
-        self._simulation = simulation
-        self._failed: set[bytes] = set()
-
-    def application(self) -> Any:
-        """The FastAPI application, with the bodies read by hand: validation of trusted loopback traffic costs more than
-        the answer.
-        """
-        import asyncio
-
-        from fastapi import FastAPI, Request, Response
-
-        app = FastAPI(title="SIMULATED models for MiniLaMP", docs_url=None, redoc_url=None, openapi_url=None)
-
-        def json_response(status: int, value: object, headers: dict[str, str] | None = None) -> Response:
-            return Response(json.dumps(value), status, headers, media_type="application/json")
-
-        def error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
-            return json_response(status, {"error": {"message": message, "type": code, "code": code}}, headers)
-
-        def allowed(request: Request) -> bool:
-            given = request.headers.get("authorization", "")
-            return hmac.compare_digest(given.encode(), self._authorization.encode())
-
-        @app.get("/health")
-        async def health() -> Response:
-            return json_response(200, {"status": "ok", "simulated": True})
-
-        @app.get("/v1/models")
-        async def models(request: Request) -> Response:
-            if not allowed(request):
-                return error(401, "invalid_api_key", "Wrong key.")
-            names = [{"id": name, "object": "model"} for name in (TEACHER, JUDGE, TAGGER)]
-            return json_response(200, {"object": "list", "data": names})
-
-        @app.post("/v1/chat/completions")
-        async def complete(request: Request) -> Response:
-            if not allowed(request):
-                return error(401, "invalid_api_key", "Wrong key.")
-            raw = await request.body()
-            try:
-                body = json.loads(raw)
-                model, seed = body["model"], int(body.get("seed", 0))
-                prompt = body["messages"][-1]["content"]
-                changes = dict(body.get("simulated_faults", {}))
-            except (ValueError, KeyError, TypeError, IndexError):
-                return error(400, "invalid_request", "Not a chat completion request.")
-            if model not in (TEACHER, JUDGE, TAGGER):
-                return error(404, "model_not_found", "There are only simulated models here.")
-            failure = self._transient_failure(raw)
-            if failure == 429:
-                wait = {"retry-after-ms": str(RETRY_AFTER_MS), "retry-after": "1"}
-                return error(429, "rate_limit_exceeded", "Slow down (simulated).", wait)
-            if failure:
-                return error(500, "server_error", "Simulated failure.")
-            if self._simulation.faults.latency_s:
-                await asyncio.sleep(self._simulation.faults.latency_s)
-            try:
-                content = self._simulation.reply(model, prompt, seed, changes)
-            except (DataError, ConfigError) as problem:
-                return error(400, "unreadable_prompt", str(problem))
-            sent, made = len(prompt.split()), len(content.text.split())
-            message = {"role": "assistant", "content": content.text}
-            return json_response(
-                200,
-                {
-                    "id": f"simulated-{seed}",
-                    "object": "chat.completion",
-                    "created": int(time.time()),
-                    "model": model,
-                    "choices": [{"index": 0, "message": message, "finish_reason": content.finish_reason}],
-                    "usage": {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made},
-                },
-            )
-
-        return app
-
-    def _transient_failure(self, body: bytes) -> int:
-        """429 or 500 for the first try of a share of the requests, 0 for all others."""
-        faults = self._simulation.faults
-        if not faults.http_429 and not faults.http_500:
-            return 0
-        digest = hashlib.sha256(body).digest()
-        draw = int.from_bytes(digest[:4], "big") / 2**32
-        if draw >= faults.http_429 + faults.http_500 or digest in self._failed:
-            return 0
-        self._failed.add(digest)
-        return 429 if draw < faults.http_429 else 500
-
-
 def revision(faults: SimulatedFaults) -> str:
     """Hash of everything that decides what the simulated models say: the ledger keeps no replies of another world."""
-    digest = hashlib.sha256(faults.model_dump_json(exclude={"http_429", "http_500", "latency_s"}).encode())
+    transport = {name for name in SimulatedFaults.model_fields if name.startswith(TRANSPORT)}
+    digest = hashlib.sha256(faults.model_dump_json(exclude=transport).encode())
     for package, names in (
         ("tagpr.benchmarks.minilamp", ("reader.py", "world.py")),
         (__package__, ("simulated.py", "simulated_tagger.py", "pieces.py")),
@@ -234,7 +141,8 @@ def running(settings: ChainSettings) -> Iterator[tuple[str, str]]:
         StageError: it does not start.
     """
     key = secrets.token_urlsafe(24)
-    start = Start(key=key, prompts=settings.prompts, faults=settings.simulated)
+    state = str(Path(settings.ledger).absolute().parent / "simulated-batches")
+    start = Start(key=key, prompts=settings.prompts, faults=settings.simulated, state=state)
     process = subprocess.Popen(
         [sys.executable, "-m", "data_pipeline.simulated"],
         stdin=subprocess.PIPE,
@@ -285,7 +193,11 @@ def serve() -> None:
         sys.stdout.write(f"no free port on loopback ({error.strerror})\n")
         return
     try:
-        application = Server(start.key, Simulation(start.prompts, start.faults)).application()
+        simulation = Simulation(start.prompts, start.faults)
+        server_side = Server(
+            start.key, (TEACHER, JUDGE, TAGGER), simulation.reply, start.faults, Path(start.state)
+        )
+        application = server_side.application()
     except ConfigError as error:
         sys.stdout.write(f"{' '.join(str(error).split())}\n")
         return
