@@ -15,7 +15,7 @@ from typing import NoReturn
 import hydra.errors
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tagpr.benchmarks.own import VARIABLE as TASKS_VARIABLE
@@ -37,14 +37,14 @@ DEAD_KEYS = {
 EXPORTED = {"tags.vocabulary": TAGS_VARIABLE, "benchmark.own_tasks": TASKS_VARIABLE}
 
 
-def _own_task_names(path: str | None) -> list[str]:
+def _own_task_names(path: str | None) -> ListConfig:
     """Names in a file of own tasks; none where it cannot be used, which :func:`export` then says."""
     if not path:
-        return []
+        return ListConfig([])
     try:
-        return list(read_tasks(Path(path).expanduser()))
+        return ListConfig(list(read_tasks(Path(path).expanduser())))
     except ConfigError:
-        return []
+        return ListConfig([])
 
 
 OmegaConf.register_new_resolver("own_task_names", _own_task_names, replace=True)
