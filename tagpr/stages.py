@@ -42,6 +42,7 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "prepare_data": Stage("tagpr.benchmarks.prepare", "paths.examples", "manifest.json", ()),
+    "validate_data": Stage("tagpr.benchmarks.validate", None, "", ()),
     "base": Stage("tagpr.tiny_model.pretrain", "paths.base", "config.json", ("prepare_data",)),
     "build_chains": Stage("data_pipeline", "paths.chains", "manifest.json", ("prepare_data",)),
     "sft": Stage("tagpr.sft", "paths.sft", "config.json", ("base", "build_chains")),
