@@ -142,6 +142,7 @@ def run(config: DictConfig) -> None:
     write_text_atomically(directory / "config.yaml", OmegaConf.to_yaml(config))
     jobs = _jobs(config, methods, conditions, engine, seeds, file_hash(data))
     rows: dict[tuple[str, Condition], list[Row]] = {}
+    unanswered: dict[str, int] = {}
     with BackgroundServer(config.paths.prmu, directory) as server:
         for job in jobs:
             offline = job.method.endpoint is None
@@ -153,7 +154,9 @@ def run(config: DictConfig) -> None:
                 beside = server.start if asks_prmu and not _has_gpu() else None
                 answer_with(job=job, selected=selected, seen=seen, beside=beside)
             for each in job.passes:
-                rows[job.name, each.condition] = scored_rows(each, examples, seen)
+                rows[job.name, each.condition], refused = scored_rows(each, examples, seen)
+                if each is job.passes[0]:
+                    unanswered[job.method.label] = max(refused, unanswered.get(job.method.label, 0))
             server.check()
         main = {job.name: rows[job.name, conditions[0]] for job in jobs}
         rewards: dict[str, Rewards] = {}
@@ -165,7 +168,7 @@ def run(config: DictConfig) -> None:
                 version, prmu = _ask_prmu(config, asked, main, selected, server)
             rewards = _rewards({job.name: main[job.name] for job in asked}, selected, seeds, weights, prmu)
 
-    summary = _summary(config, jobs, rows, selected, seeds, weights, version, rewards)
+    summary = _summary(config, jobs, rows, unanswered, selected, seeds, weights, version, rewards)
     text = markdown(summary)
     write_json_atomically(directory / "summary.json", summary.model_dump())
     write_text_atomically(directory / "table.md", text)
@@ -346,15 +349,16 @@ def answer_with(
     return done
 
 
-def scored_rows(one: Pass, examples: Sequence[Example], seen: frozenset[str] | None) -> list[Row]:
-    """Every row of a pass's file, scored by today's code; a file scored by older code follows."""
+def scored_rows(one: Pass, examples: Sequence[Example], seen: frozenset[str] | None) -> tuple[list[Row], int]:
+    """Every row of a pass's file, scored by today's code, and how many rows were refused; a file scored by older code follows."""
     by_id = {example.id: example for example in examples}
     with RowFile(one.path, one.settings, "refuse") as file:
         left = [row for row in file.rows.values() if row.id in by_id]
         rows = [score_row(row, by_id[row.id], _is_seen(by_id[row.id], seen)) for row in left]
         if len(left) == len(file.rows):
             file.rescore(rows)
-    return rows
+        refused = {entry.id for entry in file.unanswered.values() if entry.reason == "refused"}
+    return rows, len(refused)
 
 
 def _ask_prmu(
@@ -372,6 +376,7 @@ def _ask_prmu(
     @cache
     def renderer(tokenizer: str, prompts: PromptSettings) -> PromptRenderer:
         job = next(job for job in jobs if _tokenizer_of(job.method.prompt_tokenizer) == tokenizer)
+        # PRMU is asked about methods that think only.
         return PromptRenderer(job.method.prompt_tokenizer, prompts)
 
     # Rows are asked for in order of their ids, so a few prompts are enough for all models.
@@ -484,6 +489,7 @@ def _summary(
     config: DictConfig,
     jobs: Sequence[Job],
     rows: Mapping[tuple[str, Condition], Sequence[Row]],
+    unanswered: Mapping[str, int],
     selected: Sequence[Example],
     seeds: Sequence[int | None],
     weights: RewardWeights | None,
@@ -509,7 +515,7 @@ def _summary(
                     models.setdefault(job.method.label, []).append(
                         Replicate(chosen, rewards.get(job.name), job.run)
                     )
-        return summarise(models, resamples, config.run.seed, name)
+        return summarise(models, resamples, config.run.seed, name, unanswered)
 
     sampled = [seed for seed in seeds if seed is not None]
     decodings = ([decoding("greedy", [None])] if None in seeds else []) + (
@@ -589,7 +595,8 @@ def _page(
     shared = [example for example in selected if all(example.id in model for model in by_id.values())]
     ordered = {label: [model[example.id] for example in shared] for label, model in by_id.items()}
     examples = {example.id: example for example in shared}
-    renderer = PromptRenderer(first[0].method.prompt_tokenizer, first[0].passes[0].prompts)
+    method = first[0].method
+    renderer = PromptRenderer(method.prompt_tokenizer, first[0].passes[0].prompts, method.thinking)
     cases = []
     for id_ in report.choose_cases(ordered, config.evaluate.report.chains):
         try:

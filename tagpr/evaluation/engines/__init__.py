@@ -31,7 +31,7 @@ class EngineSettings:
     tensor_parallel_size: int
     gpu_memory_utilization: float
     kv_cache_gib: int
-    replicas: int = 1
+    replicas: int
 
 
 @dataclass(frozen=True)
