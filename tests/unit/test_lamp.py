@@ -13,31 +13,50 @@ from tagpr.errors import ConfigError, DataError
 from tagpr.retrieval import select
 from tagpr.schema import ProfileItem
 
-GOLDEN = Path(__file__).parent / "golden"
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_lamp3 = pytest.mark.skipif(not (REAL / "lamp3_real").is_dir(), reason="no real LaMP-3 rows here")
 
 
-# ---- prompts
-
-
-@pytest.mark.parametrize("size", [0, 2, 8])
-@pytest.mark.parametrize("task", TASKS)
-def test_prompts_are_the_official_ones_to_the_letter(task: str, size: int) -> None:
-    # The golden files were written by the official code itself (LaMP-Benchmark/LaMP at 38c9d4d8,
-    # LaMP/prompts/prompts.py: create_prompt_generator(size, "recency"), without truncation) from rows.json,
-    # whose rows are made up; size 0 is the input, as that code gives it to a model without a profile.
-    row = json.loads((GOLDEN / "rows.json").read_text(encoding="utf-8"))[task]
-    items = [
-        ProfileItem(id=raw.pop("id"), date=raw.pop("date"), fields=raw) for raw in map(dict, row["profile"])
-    ]
-    prompt = render_prompt(task, row["input"], select(items, row["input"], size, "recency"))
-    assert prompt == (GOLDEN / f"{task}_{size}.txt").read_bytes().decode()
+# ---- prompts and what retrievers see
 
 
 def test_an_input_of_lamp1_without_the_word_title_stays_alone() -> None:
     item = ProfileItem(id="a", fields={"title": "T", "abstract": "A"})
     assert render_prompt("lamp1", "Which one?", [item]) == "Which one?"
+
+
+@pytest.mark.parametrize(
+    ("task", "query", "text"),
+    [
+        ("lamp1", 'the title "T", which? [1]: "r one" [2]: "r two"', "r one r two"),
+        # Every quote opens or closes, in the official code too: a quoted word in the title shifts what is found.
+        ("lamp1", 'the title "A "b" c", which? [1]: "r one" [2]: "r two"', " c r one"),
+        ("lamp1", 'the title "T", which? [1]: "r one', 'the title "T", which? [1]: "r one'),
+        ("lamp2", "tags: [a] description:  d: e ", "d: e"),
+        ("lamp3", "of the following review on a scale. review: r review: s", "r review: s"),
+        ("lamp4", "the following article: a", "a"),
+        ("lamp5", "abstract of a paper: p", "p"),
+        ("lamp7", "Paraphrase it: a: b", "a: b"),
+        ("lamp7", "no mark", "no mark"),
+    ],
+)
+def test_retrievers_search_with_what_the_official_ones_do(task: str, query: str, text: str) -> None:
+    # Checked against extract_strings_between_quotes and extract_after_* of LaMP/prompts/utils.py at 38c9d4d8.
+    assert TASKS[task].query_text(query) == text
+
+
+def test_retrievers_search_in_what_the_official_ones_do() -> None:
+    item = dict.fromkeys(("title", "abstract", "description", "tag", "text", "score"), "?")
+    item |= {name: name for name in item}
+    found = {name: task.item_text(item) for name, task in TASKS.items()}
+    assert found == {
+        "lamp1": "title abstract",
+        "lamp2": "description",
+        "lamp3": "text",
+        "lamp4": "title text",
+        "lamp5": "title abstract",
+        "lamp7": "text",
+    }
 
 
 # ---- answers
