@@ -11,6 +11,7 @@ that the answer stands in the prompt; the official ranking leaves such reviews o
 paper does not say which it did: ``same_product`` chooses, and such users are counted either way.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from tagpr.schema import Example, ProfileItem, Split
 
 _FIELDS = ("title", "text", "rating")
 _LABELS = ("1", "2", "3", "4", "5")
+# How Amazon's reviews embed a film.
+_VIDEO = re.compile(r"\[\[VIDEOID:[^\]]*\]\]")
 # Where a history's review lacks its title or text, the official ranking writes this.
 _NOTHING = "None"
 
@@ -78,6 +81,7 @@ def _parse_title(answer: str) -> str:
 
 def _parse_text(answer: str) -> str:
     """Text after the mark that the answer should have, or one of those that models write instead, without its quotes."""
+    answer = _VIDEO.sub("", answer)
     for mark in ('**Review text:** "', 'Review text: "'):
         if mark in answer:
             return _quoted(answer, mark)
