@@ -1,10 +1,9 @@
 """The finished chains of ``paths.chains``, for the stages that come after the pipeline: review and publication."""
 
-import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,12 +11,13 @@ from pydantic import ValidationError
 
 from tagpr.errors import DataError, StageError
 from tagpr.runs import file_hash
-from tagpr.schema import Chain, Manifest
+from tagpr.schema import Chain, Manifest, PreferencePair, Record
 
 REMEDY = (
     "Make it with `bash recipes/build_chains.sh` (replies that were paid for are kept), or set paths.chains."
 )
 _BATCH_ROWS = 256
+Form = TypeVar("Form", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -103,53 +103,39 @@ def iterate_finished(folder: Path, only: Container[str] | None = None) -> Iterat
 
 
 def iterate_chains(folder: Path) -> Iterator[Chain]:
-    """Yield every usable rollout of ``chains.parquet`` or ``chains.jsonl``.
+    """Yield every usable rollout.
 
     Raises:
-        DataError: neither is there, or a row is no chain; naming file and row.
+        DataError: ``chains.jsonl`` is missing or damaged; naming file and line.
     """
-    parquet, lines = folder / "chains.parquet", folder / "chains.jsonl"
-    path = parquet if parquet.is_file() else lines
-    for number, row in enumerate(_rows(path), start=1):
-        try:
-            yield Chain.model_validate(row)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
-            raise DataError(f"{path}:{number}: is no chain ({place}: {problem['msg']}). {REMEDY}") from error
+    return _records(folder / "chains.jsonl", Chain)
 
 
-def iterate_pairs(folder: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of ``<kind>.parquet`` or ``<kind>.jsonl`` as they are.
+def iterate_pairs(folder: Path, kind: str) -> Iterator[PreferencePair]:
+    """Yield the pairs of one kind.
 
     Raises:
-        DataError: the file is missing or damaged.
+        DataError: the file is missing or damaged; naming file and line.
     """
-    parquet, lines = folder / f"{kind}.parquet", folder / f"{kind}.jsonl"
-    return _rows(parquet if parquet.is_file() else lines)
+    return _records(folder / f"{kind}.jsonl", PreferencePair)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        for batch in _parquet(path).iter_batches(batch_size=_BATCH_ROWS):
-            yield from batch.to_pylist()
-        return
+def _records(path: Path, form: type[Form]) -> Iterator[Form]:
     try:
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
-                yield _row(f"{path}:{number}", line)
+                yield _record(f"{path}:{number}", line, form)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__}). {REMEDY}") from error
 
 
-def _row(place: str, line: str) -> dict[str, Any]:
+def _record(place: str, line: str, form: type[Form]) -> Form:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: is no JSON. {REMEDY}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: is no row. {REMEDY}")
-    return row
+        return form.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or form.__name__
+        raise DataError(f"{place}: {where}: {problem['msg']}. {REMEDY}") from error
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

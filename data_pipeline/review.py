@@ -18,7 +18,7 @@ from data_pipeline.verdicts import Report, read_verdicts, record, recorded_verdi
 from tagpr.benchmarks.storage import examples_file, iterate_examples
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, DataError
-from tagpr.runs import write_json_atomically, write_text_atomically
+from tagpr.runs import check_tags_of, file_hash, write_json_atomically, write_text_atomically
 from tagpr.schema import Example
 
 logger = logging.getLogger("data_pipeline")
@@ -40,13 +40,14 @@ def run(config: DictConfig) -> None:
 
     Raises:
         ConfigError: a setting is wrong.
-        StageError: there are no finished chains.
+        StageError: there are no finished chains, or they were made for other tags.
         DataError: a file is damaged, or a verdicts file has rows that cannot be used: then nothing of it is recorded, and
             each such row is a line of its own.
     """
     settings = _settings(config)
     chains, folder = Path(config.paths.chains), Path(config.run.dir)
     manifest = read_manifest(chains)
+    check_tags_of(chains, "paths.chains")
     simulated = bool(manifest.notes.get("simulated"))
     drawn = sample(sft_column(chains, "id", "task", "user_id"), settings.chains, config.run.seed)
     cards = _cards(config, chains, drawn)
@@ -67,7 +68,10 @@ def run(config: DictConfig) -> None:
     if not verdicts and not files:
         return
     made = report(verdicts, hashes, {card.chain.id: card.chain.task for card in cards}, settings.confidence)
-    write_json_atomically(folder / "report.json", {"simulated": simulated, **made.model_dump()})
+    write_json_atomically(
+        folder / "report.json",
+        {"simulated": simulated, "sft_parquet": file_hash(chains / "sft.parquet"), **made.model_dump()},
+    )
     write_text_atomically(folder / "report.md", markdown_report(made, simulated))
     for line in _lines(made):
         logger.info("%s", line)

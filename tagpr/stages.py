@@ -45,6 +45,8 @@ STAGES: dict[str, Stage] = {
     "validate_data": Stage("tagpr.benchmarks.validate", None, "", ()),
     "base": Stage("tagpr.tiny_model.pretrain", "paths.base", "config.json", ("prepare_data",)),
     "build_chains": Stage("data_pipeline", "paths.chains", "manifest.json", ("prepare_data",)),
+    "review_chains": Stage("data_pipeline.review", None, "", ("build_chains",)),
+    "publish_chains": Stage("data_pipeline.publish", None, "", ("build_chains",)),
     "sft": Stage("tagpr.sft", "paths.sft", "config.json", ("base", "build_chains")),
     "train_prmu": Stage("tagpr.prmu.train", "paths.prmu", "config.json", ("base", "build_chains")),
     "serve_prmu": Stage("reward_server", None, "", ("train_prmu",)),

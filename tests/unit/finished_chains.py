@@ -20,7 +20,7 @@ FILES = ("chains.jsonl", "sft.parquet", "prp.jsonl", "pqp.jsonl", "funnel.json")
 
 
 def write_finished(
-    folder: Path, per_task: int = 4, text: str = "it is about a camera", **notes: object
+    folder: Path, per_task: int = 4, text: str = "it is about a camera", pairs: int = 5, **notes: object
 ) -> list[Example]:
     """Two chains for each of ``per_task`` examples a task, every second one of them chosen for SFT."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,16 +55,16 @@ def write_finished(
         if chain.rollout == 0
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "sft.parquet")
-    pairs = [
+    made = [
         PreferencePair(
             id=f"{kind}/{row['id']}", kind=kind, task=row["task"], user_id=row["user_id"], prompt=row["prompt"],  # type: ignore[arg-type]
             chosen=row["response"], rejected=row["response"].replace("this one", "that one"), margin=None if kind == "prp" else 0.5,
         )
         for kind in ("prp", "pqp")
-        for row in rows[:5]
+        for row in rows[:pairs]
     ]  # fmt: skip
     for kind in ("prp", "pqp"):
-        lines = [f"{pair.model_dump_json()}\n" for pair in pairs if pair.kind == kind]
+        lines = [f"{pair.model_dump_json()}\n" for pair in made if pair.kind == kind]
         (folder / f"{kind}.jsonl").write_text("".join(lines))
     stages = {
         name: {"what": what, "all": count * len(TASKS), **dict.fromkeys(TASKS, count)}
