@@ -39,7 +39,8 @@ class RequestRefusedError(StageError):
 
 
 class Asker:
-    """Asks one model through ``attempt``. ``key`` is the configuration node that errors name, e.g. ``chains.judge``.
+    """Asks one model through ``attempt``. ``key`` is the configuration node that errors name, e.g. ``chains.judge``, and
+    ``url_field`` the field of it that holds ``base_url``.
 
     ``counts`` has what was asked, tokens, and what was retried and refused, by cause.
     """
@@ -54,8 +55,10 @@ class Asker:
         retries: int,
         limit: AdaptiveLimit,
         budget: Budget | None = None,
+        url_field: str = "base_url",
     ) -> None:
         self.key = key
+        self._url_key = f"{key}.{url_field}"
         self.limit = limit
         self.budget = budget
         self.counts: Counter[str] = Counter()
@@ -92,7 +95,7 @@ class Asker:
                 failures += 1
             if failures > self._retries or throttles > THROTTLES_PER_RETRY * (self._retries + 1):
                 self._stop(
-                    f"{self.key}.base_url={self._base_url}: no answer after {failures + throttles} tries "
+                    f"{self._url_key}={self._base_url}: no answer after {failures + throttles} tries "
                     f"(the last: {what}). Check that the endpoint is up and run again: what was answered is kept."
                 )
             if outcome.retry_after_s is None:
@@ -154,7 +157,7 @@ class Asker:
             case "no_completion" if not self.counts["asked"]:
                 # Status 200 with something else in it: a proxy's HTML page, say.
                 self._stop(
-                    f"{self.key}.base_url={self._base_url}: its answer is no chat completion. "
+                    f"{self._url_key}={self._base_url}: its answer is no chat completion. "
                     "Point it to an OpenAI-compatible endpoint (the URL often ends in /v1)."
                 )
             case "bad_request":
