@@ -46,12 +46,15 @@ def answer(
         StageError: the engine gave a row up.
     """
     by_id = {example.id: example for example in examples}
-    missing = [(id_, seed) for id_ in by_id for seed in seeds if (id_, seed) not in file.rows]
+    # All greedy answers before the first sampled one; then row by row, so that each prompt is rendered twice at most.
+    wanted: list[Key] = [(id_, None) for id_ in by_id if None in seeds]
+    wanted += [(id_, seed) for id_ in by_id for seed in seeds if seed is not None]
+    missing = [key for key in wanted if key not in file.rows]
     too_long = {key for key, entry in file.unanswered.items() if entry.reason == "query_too_long"}
     left_out = len(missing)
     missing = [key for key in missing if key not in too_long]
     left_out -= len(missing)
-    total = len(by_id) * len(seeds)
+    total = len(wanted)
     told = f", {left_out} too long to ask" if left_out else ""
     if not missing:
         logger.info("%s: all %d rows are there%s", label, total - left_out, told)

@@ -110,6 +110,7 @@ class EndpointEngine:
             key_variable=self._method.key_variable,
             retries=self._method.retries,
             limit=limit,
+            url_field="endpoint",
         )
         failed: list[BaseException] = []
         running: set[asyncio.Task[None]] = set()

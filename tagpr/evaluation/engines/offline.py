@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -70,6 +71,7 @@ class VllmEngine:
         self._max_tokens = prompts.max_response_tokens
         self._thinking_tokens = thinking_tokens
         self._most = settings.max_num_seqs + max(ADDED_PER_STEP, int(WAITING_SHARE * settings.max_num_seqs))
+        self._waiting: deque[_Flight] = deque()
         self._flights: dict[str, _Flight] = {}
         self._names = map(str, itertools.count())
         try:
@@ -106,12 +108,12 @@ class VllmEngine:
     @property
     def room(self) -> int:
         """How many more requests keep the engine busy."""
-        return max(0, self._most - len(self._flights))
+        return max(0, self._most - self.in_flight)
 
     @property
     def in_flight(self) -> int:
         """Requests that were added and are not finished."""
-        return len(self._flights)
+        return len(self._waiting) + len(self._flights)
 
     def complete(self, requests: Iterable[Request]) -> Completions:
         """See :class:`tagpr.evaluation.engines.Engine`. A slow row holds nobody up."""
@@ -120,7 +122,7 @@ class VllmEngine:
             while True:
                 for request in itertools.islice(source, min(self.room, ADDED_PER_STEP)):
                     self.add(request)
-                if not self._flights:
+                if not self.in_flight:
                     return
                 yield from self.step() or [None]
         finally:
@@ -128,7 +130,7 @@ class VllmEngine:
 
     def add(self, request: Request) -> None:
         """Queue one request."""
-        self._start(_Flight(request, checked=self._thinking_tokens is None))
+        self._waiting.append(_Flight(request, checked=self._thinking_tokens is None))
 
     def step(self) -> list[Completion]:
         """Decode one token of every running request; those that are finished now.
@@ -136,6 +138,7 @@ class VllmEngine:
         Raises:
             StageError: the engine gave a row up, or lost some.
         """
+        self._admit()
         finished = []
         for output in self._engine.step():
             if not output.finished:
@@ -164,9 +167,24 @@ class VllmEngine:
 
     def abandon(self) -> None:
         """Drop what is unfinished: nobody waits for it any more."""
+        self._waiting.clear()
         if self._flights:
             self._engine.abort_request(list(self._flights))
             self._flights.clear()
+
+    def _admit(self) -> None:
+        """Start what waits, greedy requests and sampled ones never together.
+
+        vLLM on a CPU ignores the seeds of a whole batch in which one request has none (``TopKTopPSampler.forward_cpu``).
+        """
+        while self._waiting:
+            running = next(iter(self._flights.values()), self._waiting[0])
+            if self._is_greedy(running) != self._is_greedy(self._waiting[0]):
+                return
+            self._start(self._waiting.popleft())
+
+    def _is_greedy(self, flight: _Flight) -> bool:
+        return self._sampling.of(flight.request.key)[1] is None
 
     def _checked(self, flight: _Flight, ids: tuple[int, ...]) -> _Flight:
         """The budget's tokens are used up: go on with the answer, where need be behind a forced end of thinking."""
