@@ -18,7 +18,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported, but not to mypy
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
