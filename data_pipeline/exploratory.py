@@ -120,7 +120,7 @@ class ExploratoryTagging:
         if not all(_TAG.fullmatch(span.tag.strip()) for span in spans):
             return [], "tag_malformed"
         purposes = [span.purpose.strip() for span in spans]
-        if not all(0 < len(text) <= _LONGEST_PURPOSE and len(text.splitlines()) == 1 for text in purposes):
+        if not all(0 < len(text) <= _LONGEST_PURPOSE and text.isprintable() for text in purposes):
             return [], "purpose_malformed"
         places, problem = place_spans(spans, cut(chain.reasoning))
         if problem:
@@ -173,8 +173,9 @@ async def explore(
         folder / PROPOSALS, "".join(f"{proposal.model_dump_json()}\n" for proposal in proposals)
     )
     if not proposals:
+        named = ", ".join(f"{problem} {count}" for problem, count in rejected.most_common()) or "no chains"
         raise StageError(
-            f"chains.exploratory: none of {len(drawn)} chains was tagged ({dict(rejected)}). "
+            f"chains.exploratory: none of {len(drawn)} chains was tagged ({named}). "
             "Look at the tagger's replies, or set chains.exploratory.chains=0."
         )
     clustering = cluster(proposals, settings.exploratory, seed)

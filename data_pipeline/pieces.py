@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Place = tuple[int, int]
 """Start and end of a piece or segment in the chain; neither begins nor ends in white space."""
 
-# A sentence ends in these, with the quotes and brackets that close after them; full-width ones need no space.
-_END = re.compile(r"[.!?…]++[\"'”’)\]]*+(?=\s)|[。！？]++[”’）」』]*+")
+# A sentence ends in these, with the quotes and brackets that close after them; full-width ones need no space. The look-behind
+# keeps a run of full stops from being tried at each of them.
+_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*+(?=\s)|[。！？]++[”’）」』]*+")
 # "1." at the start of a line and "e.g." anywhere end no sentence. Where in doubt, cut: "option B." does end one.
 _NO_END = re.compile(r"\A\s*[0-9]{1,3}\.\Z|(?:\A|[\s(])(?:e\.g|i\.e|vs|cf|Dr|Mr|Mrs|Ms|Fig)\.\Z")
 _CLAUSE_END = re.compile(r"[,;:](?=\s)|[，；：、]|\s[-–—](?=\s)")

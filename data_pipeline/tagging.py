@@ -17,6 +17,7 @@ from data_pipeline.pieces import Place, Span, cut, numbered, place_spans
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import PromptFiles
 from tagpr.chat.client import Reply
+from tagpr.chat.client import Reply
 from tagpr.chat.structured import Structured, structured_request
 from tagpr.schema import Chain
 from tagpr.tags import check_tags, has_tags, parse_segments, strip_tags, vocabulary
@@ -121,7 +122,7 @@ class RestrictedTagging:
 
     def typical_reply(self, source: str, segments: int = 6) -> str:
         """A reply as it would be for this chain with so many segments, for estimates of what replies cost."""
-        pieces = cut(source, max(segments, self.minimum))
+        pieces = cut(source, self.minimum)
         segments = max(1, min(segments, len(pieces)))
         tags = list(vocabulary())
         spans = [
