@@ -17,7 +17,6 @@ from data_pipeline.pieces import Place, Span, cut, numbered, place_spans
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import PromptFiles
 from tagpr.chat.client import Reply
-from tagpr.chat.client import Reply
 from tagpr.chat.structured import Structured, structured_request
 from tagpr.schema import Chain
 from tagpr.tags import check_tags, has_tags, parse_segments, strip_tags, vocabulary
