@@ -91,7 +91,6 @@ def iterate_split(folder: Path, task: str, split: Split, counts: Counter[str]) -
     path = split_file(folder, split)
     tasks = all_tasks()
     first: dict[str, int] = {}
-    rows = 0
     for line in read_lines(path):
         name = line.row.get("task") if line.row is not None else None
         if isinstance(name, str) and name != task and name in tasks:
@@ -103,10 +102,7 @@ def iterate_split(folder: Path, task: str, split: Split, counts: Counter[str]) -
         if made.id in first:
             raise DataError(f"{line.where}: {repeated_id(line, first[made.id])}")
         first[made.id] = line.number
-        rows += 1
         yield made
-    if not rows:
-        raise DataError(f"{path}: has no row of task {task}. Add some, or take it out of benchmark.tasks.")
 
 
 def repeated_id(line: Line, before: int) -> str:
@@ -165,7 +161,7 @@ def _parse(line: Line, content: bytes) -> Line:
         elif content.lstrip().startswith(b"<"):
             line.add("malformed JSON", "is HTML, not JSON. Download the file again from the right address.")
         else:
-            at = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
             said = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
             line.add("malformed JSON", f"is no JSON ({said}{at}). Mend the line.")
     else:
@@ -198,7 +194,8 @@ def check(line: Line, tasks: Mapping[str, Task]) -> None:
     if is_text(row.get("task")):
         line.task = tasks.get(str(row["task"]))
         if line.task is None:
-            line.add("unknown task", f"task {row['task']!r} is none of {', '.join(tasks)}. Correct it.")
+            known = [name for name, task in tasks.items() if task.benchmark == "own"] or list(tasks)
+            line.add("unknown task", f"task {_short(row['task'])} is none of {', '.join(known)}. Correct it.")
     labels = line.task.labels if line.task is not None else ()
     if labels and is_text(row.get("gold")) and str(row["gold"]) not in labels:
         line.add(

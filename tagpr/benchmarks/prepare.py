@@ -178,6 +178,11 @@ def _prepare(
         for split in source.splits:
             examples = _read(source, settings["tasks"], split, settings["users_across_tasks"], counts)
             write_examples(examples_file(staging, split), counts.watch(examples))
+        for task in settings["tasks"]:
+            if not any(counts.rows(task, split) for split in source.splits):
+                raise DataError(
+                    f"{source.folder}: has no row of task {task}. Add some, or take it out of benchmark.tasks."
+                )
         provenance = downloaded(
             source.folder, [path for path in inputs.values() if path.is_relative_to(source.folder)]
         )

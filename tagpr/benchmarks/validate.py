@@ -386,15 +386,18 @@ class _Audit:
         self, question: str, texts: Mapping[str, str], long_field: str, row: Row, item: ProfileItem
     ) -> bool:
         """Whether an item is what the question is about, which then gives its answer away."""
-        text = texts.get(long_field, "")
-        if min(len(text), len(question)) < self.leak_characters or not (text in question or question in text):
-            return False
-        self.note(
-            "question in its own profile",
-            row,
-            f"what it asks about is profile item {item.id!r}. Take the item out.",
-        )
-        return True
+        for name, text in texts.items():
+            if min(len(text), len(question)) < self.leak_characters:
+                continue
+            # Short fields may be part of a question rightly (the same product's description in two reviews, say).
+            if text == question or (name == long_field and (text in question or question in text)):
+                self.note(
+                    "question in its own profile",
+                    row,
+                    f"what it asks about is {name!r} of profile item {item.id!r}. Take the item out.",
+                )
+                return True
+        return False
 
 
 def _first_twice(values: Iterator[str]) -> str | None:
