@@ -193,10 +193,13 @@ def _table(table: Table) -> str:
         figures = "".join(f"<td>{_strong(html.escape(cell.text), cell.bold)}</td>" for cell in others)
         body += f"<tr><th>{html.escape(first.text)}</th>{figures}</tr>"
     grid = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return (
-        f"<section><h2>{html.escape(table.title)}</h2><p class='note'>{html.escape(table.note)}</p>"
-        f"<div class='scroll'>{grid}</div></section>"
+    title, body = (
+        html.escape(table.title),
+        f"<p class='note'>{html.escape(table.note)}</p><div class='scroll'>{grid}</div>",
     )
+    if table.detail:
+        return f"<details class='table'><summary>{title}</summary>{body}</details>"
+    return f"<section><h2>{title}</h2>{body}</section>"
 
 
 def _strong(text: str, bold: bool) -> str:

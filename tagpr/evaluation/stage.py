@@ -181,7 +181,7 @@ def run(config: DictConfig) -> None:
         inputs["prmu"] = Path(config.paths.prmu)
     record = manifest("evaluate", inputs, config.run.seed, synthetic=config.benchmark.synthetic)
     write_json_atomically(directory / "manifest.json", record.model_dump())
-    sys.stdout.write(text)
+    sys.stdout.write(markdown(summary, details=False))
     sys.stdout.flush()
     logger.info("written: %s/{%s}", directory, "table.md, summary.json, report.html")
 

@@ -46,12 +46,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, what to know before reading it, a head and rows of cells; the first column is text."""
+    """A title, what to know before reading it, a head and rows of cells; the first column is text.
+
+    ``detail``: for who looks closer; folded on the page, and not printed on the terminal.
+    """
 
     title: str
     note: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    detail: bool = False
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -75,12 +79,14 @@ def tables(summary: Summary) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def markdown(summary: Summary) -> str:
-    """All tables as Markdown, padded so that a terminal shows columns too."""
+def markdown(summary: Summary, details: bool = True) -> str:
+    """All tables, or all but the details, as Markdown, padded so that a terminal shows columns too."""
     parts = [f"# Evaluation: {summary.benchmark}, {summary.split}"]
     if summary.synthetic:
         parts.append(f"**{SYNTHETIC}**")
     for table in tables(summary):
+        if table.detail and not details:
+            continue
         parts.append(f"## {table.title}\n\n{table.note}\n\n{_grid(table)}")
     return "\n\n".join(parts) + "\n"
 
@@ -173,10 +179,16 @@ def _metric_differences(summary: Summary, decoding: Decoding) -> Table:
         for task in summary.tasks
         for metric, shown in METRIC_NAMES.items()
     ]
-    return _compared(_title("Differences by task", decoding), summary, decoding, measures)
+    return _compared(_title("Differences by task", decoding), summary, decoding, measures, detail=True)
 
 
-def _compared(title: str, summary: Summary, decoding: Decoding, measures: Sequence[tuple[str, str]]) -> Table:
+def _compared(
+    title: str,
+    summary: Summary,
+    decoding: Decoding,
+    measures: Sequence[tuple[str, str]],
+    detail: bool = False,
+) -> Table:
     """Measures down, pairs of models across."""
 
     def cell(difference: Difference | None) -> Cell:
@@ -202,7 +214,7 @@ def _compared(title: str, summary: Summary, decoding: Decoding, measures: Sequen
         f"{describe(decoding)}. In brackets the 95 % interval of that one difference: paired bootstrap over users, "
         f"{summary.bootstrap_resamples:,} resamples; p is corrected for the {len(pairs)} comparison(s) of its line (max-|t|)."
     )
-    return Table(title, note, ("", *(f"{model} − {against}" for model, against in pairs)), rows)
+    return Table(title, note, ("", *(f"{model} − {against}" for model, against in pairs)), rows, detail)
 
 
 def _reward(summary: Summary, decoding: Decoding) -> Table:
@@ -291,7 +303,7 @@ def _tags(decoding: Decoding) -> Table:
         _line("segments a response", models, lambda m: f"{m.segments:.2f}" if m.segments else "–", None)
     )
     note = f"{describe(decoding)}. Share of segments by tag, over the responses whose tags parse."
-    return Table(_title("Tags", decoding), note, ("", *models), tuple(rows))
+    return Table(_title("Tags", decoding), note, ("", *models), tuple(rows), detail=True)
 
 
 def _tag_share(model: ModelSummary, tag: str) -> str:
@@ -312,7 +324,7 @@ def _failures(decoding: Decoding) -> Table:
         f"{describe(decoding)}. Responses by the first check that failed; "
         "a model that was never taught the tags fails theirs."
     )
-    return Table(_title("Failed checks", decoding), note, ("", *decoding.models), tuple(rows))
+    return Table(_title("Failed checks", decoding), note, ("", *decoding.models), tuple(rows), detail=True)
 
 
 def _users(decoding: Decoding) -> Table:
@@ -331,7 +343,9 @@ def _histories(decoding: Decoding) -> Table:
         return Table("Users by history", "", (), ())
     rows = _groups(decoding, names, lambda model: model.histories)
     note = f"{describe(decoding)}. By the number of items in the profile, of which a prompt shows some (S40)."
-    return Table(_title("Users by history", decoding), note, ("items", "of", *decoding.models), rows)
+    return Table(
+        _title("Users by history", decoding), note, ("items", "of", *decoding.models), rows, detail=True
+    )
 
 
 def _groups(
@@ -370,7 +384,10 @@ def _sweep(summary: Summary) -> list[Table]:
     if not summary.sweep:
         return []
     models = list(dict.fromkeys(point.model for point in summary.sweep))
-    conditions = list(dict.fromkeys((point.retriever, point.profile_size) for point in summary.sweep))
+    conditions = sorted(
+        {(point.retriever, point.profile_size) for point in summary.sweep},
+        key=lambda condition: (condition[0] != summary.retriever, *condition),
+    )
     found = {(point.retriever, point.profile_size, point.model): point for point in summary.sweep}
     measures = [("task_score", "mean task score (R_v) ↑")] + [
         (f"{task}/{metric}", f"{get_task(task).title} {shown}")
@@ -399,7 +416,13 @@ def _sweep(summary: Summary) -> list[Table]:
         "cut to fit. In brackets 95 % intervals over users; greedy decoding, the same rows everywhere."
     )
     return [
-        Table("Robustness: profile length and retriever", note, ("", "items shown", *models), tuple(rows))
+        Table(
+            "Robustness: profile length and retriever",
+            note,
+            ("", "items shown", *models),
+            tuple(rows),
+            detail=True,
+        )
     ]
 
 
