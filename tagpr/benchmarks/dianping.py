@@ -36,7 +36,7 @@ ADVERTISEMENTS = (
     r"(?:加|\+|＋)\s*(?:微信|vx|v信|薇信|qq)",
     r"(?:微信|vx|v信|薇信|qq)\s*(?:号|群)?\s*[:：]?\s*[a-z0-9_-]{5,}",
     r"(?<!\d)1[3-9]\d{9}(?!\d)",
-    r"(?:点击|复制).{0,8}链接|扫码|招商|加盟热线|代运营|接(?:广告|推广)",
+    r"(?:点击|复制).{0,8}链接|加盟热线|代运营|接(?:广告|推广)",
 )
 """What advertisements look like: addresses, messenger and telephone numbers, phrases. Regular expressions, any case."""
 
@@ -169,10 +169,12 @@ def _check(tasks: Sequence[str], selection: Selection, rewrite: Rewrite | None) 
             raise ConfigError(f"task={name}: no task of Dianping. Known: {', '.join(TASKS)}.")
     if "dianping_paraph" in tasks and rewrite is None:
         raise ConfigError(
-            "dianping_paraph: needs a model that rewrites posts neutrally. Name one, or leave the task out."
+            "benchmark.rewriter: dianping_paraph needs a model that rewrites posts neutrally. Name one, or leave the task out."
         )
-    if selection.users < 1 or selection.min_characters < 1:
-        raise ConfigError("dianping: users and min_characters must be at least 1. Raise them.")
+    for key in ("users", "min_characters"):
+        value = getattr(selection, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"benchmark.{key}={value}: is not a whole number from 1. Change it.")
 
 
 def _newest(path: Path, selection: Selection, counts: Counter[str]) -> dict[str, list[_Post]]:
