@@ -64,6 +64,8 @@ class Budget:
         self.spent = spent
         self.uncertain = 0.0
         self.reserved = 0.0
+        self.held = 0.0
+        """Set aside for batches that are out: they may take a day."""
         self._key = key
         self._under_way = 0
         self._settled = asyncio.Event()
@@ -84,9 +86,9 @@ class Budget:
     @property
     def left(self) -> float:
         """Dollars that are neither spent nor set aside; infinite without a limit."""
-        return (
-            float("inf") if self.limit is None else self.limit - self.spent - self.uncertain - self.reserved
-        )
+        if self.limit is None:
+            return float("inf")
+        return self.limit - self.spent - self.uncertain - self.reserved - self.held
 
     async def reserve(self, model: str, prompt_tokens: int, completion_tokens: int) -> Reservation:
         """Set aside what the request can cost at most; waits while requests under way may still turn out cheaper.
@@ -97,7 +99,7 @@ class Budget:
         dollars = self.price(model).dollars(prompt_tokens, completion_tokens)
         while dollars > self.left:
             if not self._under_way:
-                raise BudgetReachedError(self._reached(dollars))
+                raise BudgetReachedError(self.reached(dollars))
             self._settled.clear()
             await self._settled.wait()
         self.reserved += dollars
@@ -116,6 +118,11 @@ class Budget:
         self.spent += cost
         return cost
 
+    def spend(self, model: str, reply: Reply, *, batch: bool) -> None:
+        """Count a reply for which nothing was reserved here."""
+        tokens = reply.prompt_tokens, reply.completion_tokens, reply.cached_prompt_tokens
+        self.spent += self.price(model).dollars(*tokens, batch=batch)
+
     def release(self, reservation: Reservation, *, maybe_billed: bool = False) -> None:
         """No reply came. ``maybe_billed``: the server may have done the work all the same; counted in full."""
         if maybe_billed:
@@ -129,12 +136,19 @@ class Budget:
         reservation.dollars = 0.0
         self._settled.set()
 
-    def _reached(self, dollars: float) -> str:
-        assert self.limit is not None
-        lost = f" and up to ${self.uncertain:.2f} for requests without a reply" if self.uncertain else ""
+    def reached(self, dollars: float | None = None) -> str:
+        """The line that says so; ``dollars`` is what the next request may cost."""
+        parts = [f"${self.spent:.2f} is spent"]
+        if self.uncertain:
+            parts.append(f"up to ${self.uncertain:.2f} went to requests without a reply")
+        if self.held:
+            parts.append(f"up to ${self.held:.2f} is held for batches that are out")
+        parts.append(f"${max(0.0, self.left):.2f} is left")
+        if dollars is not None:
+            parts.append(f"the next request may cost ${dollars:.4f}")
         return (
-            f"{self._key}={self.limit:g}: reached; ${self.spent:.2f} is spent{lost}, ${max(0.0, self.left):.2f} is left and the "
-            f"next request may cost ${dollars:.4f}. Raise it and run again: what was answered is kept and costs nothing."
+            f"{self._key}={self.limit:g}: reached ({', '.join(parts)}). Raise it and run again: what was answered is kept "
+            "and costs nothing."
         )
 
 

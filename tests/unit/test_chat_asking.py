@@ -226,12 +226,12 @@ def test_what_is_spent_never_passes_the_limit(seed: int) -> None:
     assert budget.spent + budget.uncertain <= 0.05
     assert budget.spent + budget.uncertain > 0.045
     assert budget.reserved == pytest.approx(0.0, abs=1e-12)
-    assert str(stopped[-1]).startswith("chains.budget.dollars=0.05: reached; $0.0")
+    assert str(stopped[-1]).startswith("chains.budget.dollars=0.05: reached ($0.0")
     assert "\n" not in str(stopped[-1])
 
 
 def test_earlier_runs_count_and_a_bigger_limit_goes_on() -> None:
-    with pytest.raises(BudgetReachedError, match=r"\$1.00 is spent, \$0.00 is left"):
+    with pytest.raises(BudgetReachedError, match=r"\$1.00 is spent, \$0.00 is left, "):
         asyncio.run(asker(Script(lambda _: FINE), budget=Budget(1.0, PRICES, spent=1.0)).ask(BODY))
     assert (
         asyncio.run(asker(Script(lambda _: FINE), budget=Budget(2.0, PRICES, spent=1.0)).ask(BODY)) == HELLO
