@@ -152,7 +152,7 @@ async def explore(
     from data_pipeline.clustering_report import render
     from data_pipeline.mapping import proposed_mapping, write_mapping
 
-    tagging = ExploratoryTagging.load(settings.prompts.exploratory_tagging)
+    tagging = ExploratoryTagging.load(settings.prompts.exploratory_tagging, settings.tagger.structured)
     request = tagging.request()
     drawn = draw_chains(chains, settings.exploratory.chains, seed)
     rejected: Counter[str] = Counter()
