@@ -16,7 +16,8 @@ DERIVED_USER = "fp-"
 
 def is_scalar(value: object) -> bool:
     """Whether a JSON value reads as one piece of text: a string or a number."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
+    # Strings first: large files have tens of millions of these.
+    return isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def is_text(value: object) -> bool:

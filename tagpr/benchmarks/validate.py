@@ -304,7 +304,7 @@ class _Audit:
             self.note(
                 "item twice in a profile",
                 row,
-                f"profile item {item.id!r} is there again under another place.",
+                f"profile item {item.id!r} occurs twice in it.",
             )
         for item in items:
             longest = max(map(len, item.fields.values()), default=0)

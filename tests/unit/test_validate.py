@@ -276,7 +276,7 @@ FAULTS: dict[str, tuple[Row | str, str]] = {
     ),
     "item twice": (
         score("dev", 9, profile=[{"id": str(n), "fields": {"note": "x", "score": 5}} for n in (7, 8, 9)]),
-        "warning: profile item '7' is there again",
+        "warning: profile item '7' occurs twice",
     ),
 }  # fmt: skip
 
