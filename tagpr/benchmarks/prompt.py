@@ -17,11 +17,14 @@ from tagpr.tags import neutralise
 MIN_WORDS = 6
 
 # Characters per token: more than tokenizers reach in any language, and a first guess where a prompt is far too long.
-LONG_TOKEN, USUAL_TOKEN = 6.0, 3.0
+LONG_TOKEN, USUAL_TOKEN = 8.0, 3.0
 # After so many measurements of one number of items the search takes what fits, or bisects until something does.
 ATTEMPTS = 5
 
-_WORD = re.compile(r"\S+")
+# A text is cut after any of these. Where a script has no spaces every character counts as a word, and an unbroken run of
+# characters (an address, a blob) may be cut too: else one such item could not be shortened, and would cost all the others.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]{{1,40}}")
 
 
 class QueryTooLongError(DataError):

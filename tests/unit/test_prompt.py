@@ -146,6 +146,19 @@ def test_a_huge_item_is_never_measured_as_a_whole() -> None:
     assert max(lengths) < 100_000
 
 
+@pytest.mark.parametrize("text", ["面条很筋道" * 400, "x" * 4000, "ภาษาไทย" * 500])
+def test_texts_without_spaces_are_shortened_too(text: str) -> None:
+    items = (
+        ProfileItem(id="old", fields={"title": "old", "content": "好吃"}),
+        ProfileItem(id="new", fields={"title": "new", "content": text}),
+    )
+    row = example("dianping_title", profile=items)
+    prompt = build_prompt(row, 8, "recency", len, 500)
+    assert (prompt.items_used, prompt.items_shortened) == (2, 1)
+    assert prompt.tokens is not None
+    assert 440 < prompt.tokens <= 500
+
+
 def test_a_benchmarks_own_limit_on_words_is_no_cut() -> None:
     row = example("longlamp_abstract", words=(1000, 3))
     whole = build_prompt(row, 8, "recency", None, None)
