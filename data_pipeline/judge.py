@@ -100,8 +100,8 @@ def parse_verdict(text: str) -> Verdict:
         if not isinstance(entry, dict) or entry.keys() - {"dimension", "reasoning", "score"}:
             return Verdict(None, "wrong_shape")
         name = entry.get("dimension")
-        # Lower case of ASCII only: casefold() would let other letters stand for these.
-        name = name.strip().lower() if isinstance(name, str) and name.isascii() else ""
+        # Not casefold(), which would let other letters stand for these.
+        name = name.strip().lower() if isinstance(name, str) else ""
         if name in found or name not in _KNOWN:
             return Verdict(None, "wrong_dimensions")
         score = _score(entry.get("score"))

@@ -158,7 +158,7 @@ def test_text_in_markdown_cannot_end_its_block() -> None:
         fence = re.fullmatch(r"(`{3,})(text)?", line)
         if fence and not opened:
             opened = fence[1]
-        elif fence and line == opened:
+        elif fence and not fence[2] and len(fence[1]) >= len(opened):
             opened = ""
         elif line == "# heading":
             assert opened
