@@ -6,32 +6,33 @@ same users for all of them: differences are paired. A system that was trained se
 each system by itself: with R runs, R are drawn with replacement, crossed with the users (pigeonhole bootstrap; Owen, *Annals of
 Applied Statistics* 1(2), 2007). With one run an interval says nothing of how much training again would change.
 
-**Few users or runs.** A bootstrap's spread is that of a normal distribution with the variance divided by n, not n - 1: too narrow
-where n is small (6 users, 3 runs). For a difference d with the standard deviation s of its resamples, let
+**Few users or runs.** The resamples d* of a difference d vary like a normal distribution with the variance divided by n, not
+n - 1: too little where n is small (6 users, 3 runs). Let s be their standard deviation and
 
-    v = v_users U / (U - 1) + v_runs_a + v_runs_b,   e = sqrt(v) / s * t(nu) / z
+    v = v_users U / (U - 1) + v_runs_a + v_runs_b
 
-where v_users is the variance of d when only users are resampled, v_runs = var(values of the runs, divisor R - 1) / R, t(nu) and z
-the 97.5 % quantiles of Student's and the normal distribution, and nu the degrees of freedom after Satterthwaite (1946):
-v^2 / (sum of component^2 / its degrees), U - 1 and R - 1. Intervals are e times wider: for percentiles the share that is cut off
-is Phi(-z e) instead of Phi(-z) (expanded percentiles; Hesterberg, *The American Statistician* 69(4), 2015).
+the variance they should have: v_users that of d when only users are resampled, v_runs = var(values of the runs, divisor R - 1) / R.
+Its degrees of freedom nu are Satterthwaite's (*Biometrics Bulletin* 2(6), 1946): v^2 / (sum of part^2 / degrees of the part), U - 1
+and R - 1. A quantile c of the resamples' |d* - d| / s stands for t = T_nu^-1(Phi(c)), the point that leaves as much of Student's
+distribution outside as c of the normal one, and the 95 % interval is d ± t sqrt(v) with c the 95 % quantile: for many users and one
+run the basic symmetric bootstrap interval, for few users about Student's.
 
-**p-value.** Two-sided, of the resamples centred on d: (1 + #{e |d* - d| >= |d|}) / (1 + B), never 0.
+**p-value.** Two-sided, the same way round: (1 + #{|d* - d| / s >= z}) / (1 + B), where z = Phi^-1(T_nu(|d| / sqrt(v))); never 0.
 
-**Many comparisons.** The corrected interval is d ± c e s, c the 95 % quantile over resamples of max |d* - d| / s over all
-differences of the family, so that all hold at once with 95 % (single-step max-|t|; Westfall and Young, *Resampling-Based Multiple
-Testing*, 1993); the corrected p-value is the share of resamples whose max |d* - d| / s reaches |d| / (e s). It uses that the
-comparisons share systems and users, where Holm's method (:func:`holm`), which needs p-values only, has to assume the worst.
+**Many comparisons.** The corrected interval takes c from the largest |d* - d| / s of the family's differences in a resample, so
+that all intervals hold at once with 95 % (single-step max-|t|; Westfall and Young, *Resampling-Based Multiple Testing*, 1993), and
+the corrected p-value compares with that largest, too. This uses that comparisons share systems and users; Holm's method
+(:func:`holm`), which needs p-values only, has to assume the worst.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from tagpr.errors import ConfigError, DataError
 
@@ -40,7 +41,6 @@ Combine = Callable[[Array], Array]
 """Sums [..., k] over rows -> the measure [...]."""
 
 LEVEL = 0.95
-_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 # Below it a spread is what rounding leaves of two systems that say the same.
 _NO_SPREAD = 1e-12
 _CHUNK = 4_000_000  # draws at a time: some 32 MB
@@ -199,51 +199,53 @@ def compare(
     mean = np.array([a.value - b.value for a, b in pick])
     samples = np.stack([a.over_both - b.over_both for a, b in pick], axis=1)
     spread = samples.std(axis=0)
-    widening = np.array([_widening(a, b, sd) for (a, b), sd in zip(pick, spread, strict=True)])
-    deviation = np.where(
-        spread > _NO_SPREAD, np.abs(samples - mean) / np.maximum(spread, _NO_SPREAD), 0.0
-    )  # |t|
-    # A difference in the same measure of what its resamples reach; without any spread it is certain, or none.
+    moves = spread > _NO_SPREAD
+    scale = np.where(moves, spread, 1.0)
+    deviation = np.where(moves, np.abs(samples - mean) / scale, 0.0)
+    largest = deviation.max(axis=1)
+    errors = [_standard_error(a, b) for a, b in pick]
+    error = np.where(moves, [each for each, _ in errors], 0.0)
+    degrees = np.array([each for _, each in errors])
+
+    def reach(quantile: Array) -> Array:
+        found: Array = -stdtrit(degrees, ndtr(-quantile)) * error
+        return found
+
+    # Where nothing varies, a difference is certain, or there is none.
     own = np.where(
-        spread > _NO_SPREAD,
-        np.abs(mean) / (np.maximum(spread, _NO_SPREAD) * widening),
+        moves,
+        -ndtri(stdtr(degrees, -np.abs(mean) / np.where(error > 0, error, 1.0))),
         np.where(np.abs(mean) > _NO_SPREAD, np.inf, 0.0),
     )
-    largest = deviation.max(axis=1)
-    reach = float(np.quantile(largest, LEVEL)) * widening * np.where(spread > _NO_SPREAD, spread, 0.0)
     count = len(samples)
-    alone = (1 + (deviation >= own).sum(axis=0)) / (1 + count)
-    together = (1 + (largest[:, None] >= own).sum(axis=0)) / (1 + count)
-    found = []
-    for number, (a, b) in enumerate(pairs):
-        cut = NormalDist().cdf(-_Z * widening[number])
-        low, high = np.quantile(samples[:, number], [cut, 1 - cut])
-        found.append(
-            Comparison(
-                a=a,
-                b=b,
-                mean=float(mean[number]),
-                low=float(low),
-                high=float(high),
-                p_value=float(alone[number]),
-                corrected_low=float(mean[number] - reach[number]),
-                corrected_high=float(mean[number] + reach[number]),
-                corrected_p=float(together[number]),
-            )
+    alone = reach(np.quantile(deviation, LEVEL, axis=0))
+    together = reach(np.quantile(largest, LEVEL, keepdims=True))
+    p_alone = (1 + (deviation >= own).sum(axis=0)) / (1 + count)
+    p_together = (1 + (largest[:, None] >= own).sum(axis=0)) / (1 + count)
+    return tuple(
+        Comparison(
+            a=a,
+            b=b,
+            mean=float(mean[number]),
+            low=float(mean[number] - alone[number]),
+            high=float(mean[number] + alone[number]),
+            p_value=float(p_alone[number]),
+            corrected_low=float(mean[number] - together[number]),
+            corrected_high=float(mean[number] + together[number]),
+            corrected_p=float(p_together[number]),
         )
-    return tuple(found)
+        for number, (a, b) in enumerate(pairs)
+    )
 
 
-def _widening(a: Resampled, b: Resampled, spread: float) -> float:
-    """The factor e of the module's description."""
-    if spread <= _NO_SPREAD:
-        return 1.0
+def _standard_error(a: Resampled, b: Resampled) -> tuple[float, float]:
+    """sqrt(v) and nu of the module's description."""
     degrees = a.users - 1
     parts = [(float((a.over_users - b.over_users).var()) * a.users / degrees, degrees)]
     parts += [(system.run_variance, system.runs - 1) for system in (a, b) if system.runs > 1]
     variance = sum(part for part, _ in parts)
-    nu = variance**2 / sum(part**2 / degree for part, degree in parts) if variance > 0 else float(degrees)
-    return float(np.sqrt(variance) / spread * stdtrit(nu, (1 + LEVEL) / 2) / _Z)
+    squares = sum(part**2 / degree for part, degree in parts)
+    return math.sqrt(variance), variance**2 / squares if squares > 0 else float(degrees)
 
 
 def lead(
