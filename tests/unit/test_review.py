@@ -151,8 +151,11 @@ def test_only_what_the_prompt_shows_of_the_profile_is_shown() -> None:
     assert "never shown" not in page
 
 
-def test_text_in_markdown_cannot_end_its_block() -> None:
-    sheet = markdown_sheet([card("```\n# heading\n````")], "t", False)
+@pytest.mark.parametrize(
+    "text", ["x\n```\n# heading\n```\ny", "x\n````\n# heading", "x\n`````text\n# heading\n```"]
+)
+def test_text_in_markdown_cannot_end_its_block(text: str) -> None:
+    sheet = markdown_sheet([card(text)], "t", False)
     opened = ""
     for line in sheet.splitlines():
         fence = re.fullmatch(r"(`{3,})(text)?", line)
