@@ -115,6 +115,9 @@ class FaultyEndpoint:
         self.most_at_once = max(self.most_at_once, self.under_way)
         try:
             return await self._reply(request)
+        except ConnectionResetError:
+            # The client was killed meanwhile.
+            return web.Response(status=499)
         finally:
             self.under_way -= 1
 
