@@ -107,7 +107,7 @@ def _card(number: int, card: Card) -> str:
         question += f"<details><summary>The prompt as the teacher saw it</summary><pre>{_text(chain.prompt)}</pre></details>"
     answers = "".join(
         f'<div><h3>{name}</h3><div class="text">{_text(text)}</div></div>'
-        for name, text in (("Answer", response.answer), ("Gold: what the user wrote", chain.gold))
+        for name, text in (("Answer", response.answer), ("Gold: the user's own", chain.gold))
     )
     buttons = "".join(
         f'<button type="button" class="{name}"><kbd>{key}</kbd> {name}</button>'
