@@ -7,6 +7,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 import tagpr.config
+from tagpr.benchmarks.tasks import all_tasks
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError
 from tagpr.rl.checks import check
@@ -42,6 +43,31 @@ def test_composes_and_resolves(stage: str, overrides: list[str]) -> None:
     config = resolve(compose(stage, overrides))
     assert config.run.dir.endswith(config.run.name)
     assert config.setting == overrides[0].removeprefix("setting=")
+
+
+BENCHMARKS = sorted(path.stem for path in (FOLDER / "benchmark").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if "benchmark" in groups(stage)])
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_every_stage_takes_every_benchmark(stage: str, benchmark: str) -> None:
+    config = resolve(compose(stage, ["setting=paper", f"benchmark={benchmark}"]))
+    # Whatever a stage asks of one benchmark, the others have too.
+    assert set(OmegaConf.load(FOLDER / "benchmark" / "minilamp.yaml")) <= set(config.benchmark)
+    assert config.benchmark.name == ("lamp" if benchmark == "paper" else benchmark)
+    assert config.paths.examples.endswith(config.benchmark.name)
+    if benchmark != "own":
+        assert set(config.benchmark.tasks) <= set(all_tasks())
+
+
+def test_own_tasks_are_all_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(
+        "a_task:\n  title: A\n  kind: generation\n  fields: [x]\n  long_field: x\n"
+        "  item: '{x}'\n  prompt: '{items} {query}'\n"
+    )
+    own = ["benchmark=own", f"benchmark.dir={tmp_path}"]
+    assert list(resolve(compose("evaluate", own)).benchmark.tasks) == ["a_task"]
+    assert list(resolve(compose("evaluate", [*own, "benchmark.tasks=[b]"])).benchmark.tasks) == ["b"]
 
 
 def test_no_configuration_file_is_left_out() -> None:
