@@ -36,7 +36,7 @@ from tagpr.chat.cost import Budget, BudgetReachedError, most_tokens
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("data_pipeline.batch")
 for _chatty in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
     # A line per call; the openai client has changed its HTTP library between versions.
     logging.getLogger(_chatty).setLevel(logging.WARNING)
