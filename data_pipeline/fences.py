@@ -8,6 +8,7 @@ prompt. It makes the cheap attacks fail.
 import re
 import unicodedata
 from collections.abc import Collection
+from functools import lru_cache
 
 _OPEN = "<＜﹤‹〈⟨❬❮❰《⧼≺˂ᐸ"
 _CLOSE = ">＞﹥›〉⟩❭❯❱》⧽≻˃ᐳ"
@@ -44,13 +45,20 @@ def disarm(text: str, names: Collection[str]) -> str:
 
 
 def _skeleton(text: str, start: int, length: int) -> str:
-    """The next ``length`` characters as they look, without white space and what cannot be seen."""
-    seen = ""
-    for character in text[start : start + _REACH]:
-        for part in unicodedata.normalize("NFKD", _LOOKS_LIKE.get(character, character)).casefold():
-            part = _LOOKS_LIKE.get(part, part)
-            if not part.isspace() and unicodedata.category(part) not in ("Cf", "Cc", "Mn", "Me"):
-                seen += part
-        if len(seen) >= length or seen.endswith(">"):
+    """The next ``length`` characters as they look, without white space and what cannot be seen; ends with a bracket."""
+    seen = "<"
+    for character in text[start + 1 : start + _REACH]:
+        seen += _look(character)
+        if len(seen) >= length or seen[-1] == ">" or "<" in seen[1:]:
             break
     return seen
+
+
+@lru_cache(maxsize=10_000)
+def _look(character: str) -> str:
+    folded = unicodedata.normalize("NFKD", _LOOKS_LIKE.get(character, character)).casefold()
+    return "".join(
+        _LOOKS_LIKE.get(part, part)
+        for part in folded
+        if not part.isspace() and unicodedata.category(part) not in ("Cf", "Cc", "Mn", "Me")
+    )
