@@ -5,15 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tagpr.benchmarks.prompt import QueryTooLongError
-from tagpr.errors import StageError
-from tagpr.evaluation.engines import Completion, Request
+from tagpr.errors import DataError, StageError
+from tagpr.evaluation import generate
+from tagpr.evaluation.engines import Completion, Engine, Request
 from tagpr.evaluation.generate import answer
 from tagpr.evaluation.prompts import PromptRenderer, PromptSettings, RenderedPrompt
 from tagpr.evaluation.rows import RowFile
@@ -59,7 +60,7 @@ class FakeEngine:
         self.finish_reason = finish_reason
         self.asked: list[Request] = []
 
-    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[Request]) -> Generator[Completion | None, None, None]:
         self.asked = list(requests)
         for number, request in enumerate(reversed(self.asked)):
             if number == self.survives:
@@ -74,18 +75,33 @@ class FakeEngine:
         return running()
 
 
+def run(
+    file: RowFile,
+    renderer: Callable[[], PromptRenderer],
+    engine: Callable[[], AbstractContextManager[Engine]],
+    rows: int = 10,
+    seeds: Sequence[int | None] = (None,),
+    only: Sequence[Example] | None = None,
+) -> int:
+    return answer(
+        label="base",
+        examples=examples(rows) if only is None else only,
+        seeds=seeds,
+        file=file,
+        renderer=renderer,
+        engine=engine,
+        score=lambda generation, example: score_row(generation, example, None),
+        write_every_s=0.0,
+    )
+
+
 def go(path: Path, engine: FakeEngine, rows: int = 10, seeds: Sequence[int | None] = (None,)) -> int:
     with RowFile(path, SETTINGS) as file:
-        return answer(
-            label="base",
-            examples=examples(rows),
-            seeds=seeds,
-            file=file,
-            renderer=FakeRenderer,  # type: ignore[arg-type]
-            engine=engine.start,
-            score=lambda generation, example: score_row(generation, example, None),
-            write_every_s=0.0,
-        )
+        return run(file, FakeRenderer, engine.start, rows, seeds)  # type: ignore[arg-type]
+
+
+def forbidden() -> None:
+    raise AssertionError("loaded")
 
 
 def ids(path: Path) -> list[tuple[str, int | None]]:
@@ -150,19 +166,8 @@ def test_with_nothing_to_do_no_engine_and_no_tokenizer_is_loaded(tmp_path: Path)
     path = tmp_path / "base.jsonl"
     go(path, FakeEngine())
 
-    def forbidden() -> None:
-        raise AssertionError("loaded")
-
     with RowFile(path, SETTINGS) as file:
-        done = answer(
-            label="base",
-            examples=examples(10),
-            seeds=[None],
-            file=file,
-            renderer=forbidden,  # type: ignore[arg-type]
-            engine=forbidden,  # type: ignore[arg-type]
-            score=lambda generation, example: score_row(generation, example, None),
-        )
+        done = run(file, forbidden, forbidden)  # type: ignore[arg-type]
     assert done == 0
 
 
@@ -173,6 +178,145 @@ def test_a_query_that_does_not_fit_is_told_and_left_out(
     assert go(path, FakeEngine(), rows=15) == 14
     assert ("r13", None) not in ids(path)
     assert "r13: too long" in caplog.text
+
+
+def test_too_long_rows_are_named_once_and_not_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "base.jsonl"
+    go(path, FakeEngine(), rows=15, seeds=[None, 1])
+    with RowFile(path, SETTINGS) as file:
+        assert set(file.unanswered) == {("r13", None), ("r13", 1)}
+        assert {entry.reason for entry in file.unanswered.values()} == {"query_too_long"}
+        assert all("r13: too long" in entry.detail for entry in file.unanswered.values())
+        # Nothing is left to do, so nothing is loaded.
+        assert run(file, forbidden, forbidden, rows=15, seeds=[None, 1]) == 0  # type: ignore[arg-type]
+
+
+def test_where_no_prompt_fits_no_engine_is_started(tmp_path: Path) -> None:
+    with RowFile(tmp_path / "base.jsonl", SETTINGS) as file:
+        only = [example for example in examples(15) if example.id == "r13"]
+        assert run(file, FakeRenderer, forbidden, only=only) == 0  # type: ignore[arg-type]
+        assert set(file.unanswered) == {("r13", None)}
+
+
+def test_prompts_are_rendered_a_little_ahead_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "RENDERED_AHEAD", 5)
+    rendered: list[str] = []
+
+    class Counting(FakeRenderer):
+        def render(self, example: Example) -> RenderedPrompt:
+            rendered.append(example.id)
+            return super().render(example)
+
+    most = 0
+
+    class OneByOne(FakeEngine):
+        def complete(self, requests: Iterable[Request]) -> Generator[Completion | None, None, None]:
+            nonlocal most
+            for number, request in enumerate(requests):
+                most = max(most, len(rendered) - number)
+                yield None
+                yield Completion(request.key, tuple(map(ord, REPLY)), "stop")
+
+    with RowFile(tmp_path / "base.jsonl", SETTINGS) as file:
+        assert run(file, Counting, OneByOne().start, rows=60) == 59  # type: ignore[arg-type]
+    assert most <= 5 + 3
+    assert len(rendered) == 60
+
+
+def test_greedy_answers_come_before_sampled_ones_and_a_prompt_is_rendered_twice_at_most(
+    tmp_path: Path,
+) -> None:
+    rendered: list[str] = []
+
+    class Counting(FakeRenderer):
+        def render(self, example: Example) -> RenderedPrompt:
+            rendered.append(example.id)
+            return super().render(example)
+
+    engine = FakeEngine()
+    with RowFile(tmp_path / "base.jsonl", SETTINGS) as file:
+        run(file, Counting, engine.start, rows=3, seeds=[1, None, 2, 3])  # type: ignore[arg-type]
+    assert [request.key for request in engine.asked[:5]] == [
+        ("r0", None), ("r1", None), ("r2", None), ("r0", 1), ("r0", 2),
+    ]  # fmt: skip
+    assert len(rendered) == 6
+
+
+def test_a_failure_while_rendering_is_not_swallowed_and_keeps_what_is_there(tmp_path: Path) -> None:
+    class Failing(FakeRenderer):
+        def render(self, example: Example) -> RenderedPrompt:
+            if example.id == "r7":
+                raise DataError("r7: no date. Mend it.")
+            return super().render(example)
+
+    class InOrder(FakeEngine):
+        def complete(self, requests: Iterable[Request]) -> Generator[Completion | None, None, None]:
+            for request in requests:
+                yield Completion(request.key, tuple(map(ord, REPLY)), "stop")
+
+    path = tmp_path / "base.jsonl"
+    with RowFile(path, SETTINGS) as file, pytest.raises(DataError, match="r7: no date"):
+        run(file, Failing, InOrder().start)  # type: ignore[arg-type]
+    assert [id_ for id_, _ in ids(path)] == [f"r{n}" for n in range(7)]
+
+
+def test_an_engine_that_forgets_rows_is_an_error(tmp_path: Path) -> None:
+    class Forgetting(FakeEngine):
+        def complete(self, requests: Iterable[Request]) -> Generator[Completion | None, None, None]:
+            yield from list(super().complete(requests))[1:]
+
+    with pytest.raises(StageError, match="base: 1 rows got no answer, first"):
+        go(tmp_path / "base.jsonl", Forgetting())
+    assert len(ids(tmp_path / "base.jsonl")) == 9
+
+
+def test_an_answer_without_thinking_is_all_of_the_response(tmp_path: Path) -> None:
+    class Plain(FakeRenderer):
+        thinking = False
+
+    path = tmp_path / "base.jsonl"
+    with RowFile(path, SETTINGS) as file:
+        run(file, Plain, Saying("5").start, rows=1)  # type: ignore[arg-type]
+    row = json.loads(path.read_text())
+    assert (row["thinking"], row["answer"], row["verifiable"], row["reasoning_tokens"]) == (
+        False,
+        "5",
+        1.0,
+        0,
+    )
+
+
+def test_a_template_that_opens_the_thinking_has_it_in_the_row(tmp_path: Path) -> None:
+    class Opens(FakeRenderer):
+        opens_thinking = True
+
+    path = tmp_path / "base.jsonl"
+    with RowFile(path, SETTINGS) as file:
+        run(file, Opens, Saying("fine.\n</think>\n\n5").start, rows=1)  # type: ignore[arg-type]
+    row = json.loads(path.read_text())
+    assert row["response"] == "<think>\nfine.\n</think>\n\n5"
+    assert (row["verifiable"], row["reasoning_tokens"], row["thinking"]) == (1.0, 5, True)
+
+
+class Saying(FakeEngine):
+    """Says one thing, with its thinking cut."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def complete(self, requests: Iterable[Request]) -> Generator[Completion | None, None, None]:
+        for request in requests:
+            yield Completion(request.key, tuple(map(ord, self.text)), "stop", thinking_cut=True)
+
+
+def test_a_cut_of_the_thinking_is_in_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "base.jsonl"
+    with RowFile(path, SETTINGS) as file:
+        run(file, FakeRenderer, Saying(REPLY).start, rows=1)  # type: ignore[arg-type]
+    assert json.loads(path.read_text())["thinking_cut"] is True
 
 
 def test_truncation_is_recorded_and_an_aborted_row_is_an_error(tmp_path: Path) -> None:

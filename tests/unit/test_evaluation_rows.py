@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tagpr.errors import DataError, StageError
-from tagpr.evaluation.rows import Row, RowFile
+from tagpr.evaluation.rows import Row, RowFile, Unanswered
 
 SETTINGS = {"model": "abc", "max_prompt_tokens": 160}
 
@@ -143,3 +143,45 @@ def test_rescoring_replaces_the_file_only_where_scores_changed(tmp_path: Path) -
         file.rescore([row("a"), row("b").model_copy(update={"verifiable": 0.0})])
         file.append([row("c")])
     assert [json.loads(line)["verifiable"] for line in path.read_text().splitlines()] == [1.0, 0.0, 1.0]
+
+
+def refused(id_: str, detail: str = "400 too long") -> Unanswered:
+    return Unanswered(id=id_, seed=None, reason="refused", detail=detail)
+
+
+def test_rows_without_an_answer_are_named_until_they_have_one(tmp_path: Path) -> None:
+    path = filled(tmp_path / "base.jsonl", "a")
+    with RowFile(path, SETTINGS) as file:
+        file.note([refused("b"), refused("c", "half \ud83d a pair\u2028")])
+    with RowFile(path, SETTINGS) as file:
+        assert set(file.unanswered) == {("b", None), ("c", None)}
+        assert file.unanswered["c", None].detail == "half \ud83d a pair\u2028"
+        file.append([row("b")])
+    with RowFile(path, SETTINGS) as file:
+        assert set(file.unanswered) == {("c", None)}
+        file.note([], asked_again=[("c", None)])
+    with RowFile(path, SETTINGS) as file:
+        assert file.unanswered == {}
+    assert path.with_suffix(".unanswered.jsonl").read_text() == ""
+
+
+def test_rows_without_an_answer_belong_to_their_settings(tmp_path: Path) -> None:
+    path = filled(tmp_path / "base.jsonl", "a")
+    with RowFile(path, SETTINGS) as file:
+        file.note([refused("b")])
+    with RowFile(path, {**SETTINGS, "model": "other"}) as file:
+        assert file.unanswered == {}
+    assert len(list((tmp_path / "superseded").glob("*-base.unanswered.jsonl"))) == 1
+    # Left over where the rows themselves were removed by hand.
+    with RowFile(path, {**SETTINGS, "model": "other"}) as file:
+        file.note([refused("b")])
+    path.unlink()
+    with RowFile(path, {**SETTINGS, "model": "other"}) as file:
+        assert file.unanswered == {}
+
+
+def test_a_damaged_file_of_reasons_is_one_line(tmp_path: Path) -> None:
+    path = filled(tmp_path / "base.jsonl", "a")
+    path.with_suffix(".unanswered.jsonl").write_text('{"id": "b"}\n')
+    with pytest.raises(DataError, match=r"base\.unanswered\.jsonl:1: says of no row why"):
+        RowFile(path, SETTINGS)

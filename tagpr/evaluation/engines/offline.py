@@ -124,7 +124,10 @@ class VllmEngine:
                     self.add(request)
                 if not self.in_flight:
                     return
-                yield from self.step() or [None]
+                finished = self.step()
+                yield from finished
+                if not finished:
+                    yield None
         finally:
             self.abandon()
 

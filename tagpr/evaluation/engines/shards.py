@@ -183,7 +183,9 @@ class RayEngine:
                         finished += self._collect(place, source)
                     elif place.call is not None:
                         self._check_deadline(place)
-                yield from finished or [None]
+                yield from finished
+                if not finished:
+                    yield None
         finally:
             self._abandon()
 
