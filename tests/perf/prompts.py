@@ -18,7 +18,10 @@ from tagpr.benchmarks.tasks import render_prompt
 from tagpr.schema import Example, ProfileItem
 from tagpr.tiny_model.tokenizer import build_tokenizer
 
-TEXT = "the battery lasts but a strap broke within weeks and nobody answered so I would not buy it again honestly"def rows(count: int) -> list[Example]:
+TEXT = "the battery lasts but a strap broke within weeks and nobody answered so I would not buy it again honestly"
+
+
+def rows(count: int) -> list[Example]:
     """Users with reviews, oldest first."""
     rng, words = random.Random(0), TEXT.split()
 
