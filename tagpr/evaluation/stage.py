@@ -358,6 +358,8 @@ def scored_rows(one: Pass, examples: Sequence[Example], seen: frozenset[str] | N
         if len(left) == len(file.rows):
             file.rescore(rows)
         refused = {entry.id for entry in file.unanswered.values() if entry.reason == "refused"}
+    # The file has them in the order in which they were finished, which decides the last bit of a sum.
+    rows.sort(key=lambda row: (row.id, -1 if row.seed is None else row.seed))
     return rows, len(refused)
 
 
