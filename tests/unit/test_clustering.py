@@ -137,6 +137,21 @@ def test_contexts_without_a_weight_do_not_count() -> None:
     assert features(tags, embedder, WEIGHTS).shape[1] == 3 * only.shape[1]
 
 
+def test_what_every_segment_says_does_not_hide_what_sets_them_apart() -> None:
+    opener = "Okay, so let me think about what this user has written before, and about the text that is given here: "
+    words = ("the question asks", "adding up", "take this one")
+    proposals = [
+        proposal(names[n % 3], "p", f"{opener}{word} {'abcde'[n % 5]}")
+        for (names, _, _), word in zip(KINDS.values(), words, strict=True)
+        for n in range(12)
+    ]
+    weights = WEIGHTS.model_copy(update={"purposes": 0.0})
+    found = cluster(proposals, SETTINGS.model_copy(update={"weights": weights}), 0)
+    assert {frozenset(tag.name for tag in each.members) for each in found.clusters} == {
+        frozenset(normalise(name) for name in names) for names, _, _ in KINDS.values()
+    }
+
+
 def test_too_few_tags_are_one_clear_line() -> None:
     with pytest.raises(StageError, match=r"fewest_clusters=4: only 2 distinct tags"):
         cluster(
