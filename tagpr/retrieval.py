@@ -94,12 +94,15 @@ def date_key(date: str) -> tuple[int, ...]:
     """Return the sort key of a LaMP date (``2013``, ``2013-05-07``), as in the official code.
 
     Raises:
-        DataError: not numbers joined by ``-``.
+        DataError: not numbers joined by ``-``, or more than three, or the first is no year (``05-07-2013`` would sort wrongly).
     """
     try:
-        return tuple(map(int, date.split("-")))
+        key = tuple(map(int, date.split("-")))
     except ValueError:
-        raise DataError(f"date {date!r} is not year, year-month or year-month-day. Mend the row.") from None
+        key = ()
+    if not 1 <= len(key) <= 3 or not 1000 <= key[0] <= 9999:
+        raise DataError(f"date {date!r} is not year, year-month or year-month-day. Mend the row.")
+    return key
 
 
 def _recency(items: Sequence[ProfileItem], size: int, request: Request) -> list[ProfileItem]:
