@@ -192,6 +192,16 @@ def test_intervals_and_p_values_say_the_same(seed: int) -> None:
         assert each.corrected_high - each.corrected_low >= each.high - each.low
 
 
+def test_intervals_of_few_users_are_about_students() -> None:
+    ratios = []
+    for seed in range(20):
+        values = np.random.default_rng(seed).normal(0, 1, 5)
+        found = paired_bootstrap(values.tolist(), [0.0] * 5, range(5), samples=4000, seed=seed)
+        students = 2.776 * float(values.std(ddof=1)) / 5**0.5
+        ratios.append((found.high - found.low) / 2 / students)
+    assert np.mean(ratios) == pytest.approx(1.0, abs=0.05)
+
+
 # ---- measures, runs, the best
 
 
