@@ -9,6 +9,7 @@ from data_pipeline.endpoint import Endpoint, Unit
 from data_pipeline.json_reply import read_object
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.settings import JudgeLimits
+from tagpr.chat.structured import structured_request
 from tagpr.schema import Chain
 from tagpr.tags import format_response
 
@@ -149,9 +150,10 @@ async def judge_chain(
     Equal chains for equal questions are one unit of work. Malformed replies are counted in ``endpoint.counts``.
     """
     prompt, problem = judge_prompt(chain, template, longest)
+    request = structured_request(endpoint.settings.structured, JudgeReply, REPLY_NAME)
     verdict = Verdict(None, problem)
     for attempt in range(0 if problem else attempts):
-        reply = await endpoint.ask(Unit("judge", prompt, attempt=attempt))
+        reply = await endpoint.ask(Unit("judge", prompt, attempt=attempt, request=request))
         verdict = read_verdict(reply.text, reply.finish_reason)
         if verdict.scores is not None:
             endpoint.counts["total_differs"] += verdict.total_differs

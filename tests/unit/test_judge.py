@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -215,9 +216,12 @@ class Asked:
         self.texts = list(texts)
         self.counts: Counter[str] = Counter()
         self.prompts: list[str] = []
+        self.requests: list[dict[str, object]] = []
+        self.settings = SimpleNamespace(structured="json_schema")
 
     async def ask(self, unit: object) -> object:
         self.prompts.append(unit.prompt)  # type: ignore[attr-defined]
+        self.requests.append(unit.request)  # type: ignore[attr-defined]
         return type("Reply", (), {"text": self.texts.pop(0), "finish_reason": "stop"})()
 
 
@@ -242,6 +246,7 @@ def test_a_text_over_its_limit_is_not_cut_and_not_asked_about() -> None:
 def test_a_malformed_reply_is_asked_again_then_dropped() -> None:
     verdict, endpoint = judged(chain(), "Thought process:", FULL_MARKS)
     assert (verdict.total, dict(endpoint.counts)) == (20, {"malformed_not_json": 1, "total_differs": 0})
+    assert endpoint.requests == [structured_request("json_schema", JudgeReply, REPLY_NAME)] * 2
     verdict, endpoint = judged(chain(), ":", "Solution", "{}")
     assert (verdict.scores, verdict.problem) == (None, "wrong_shape")
     assert endpoint.counts == {"malformed_not_json": 2, "malformed_wrong_shape": 1}
