@@ -57,21 +57,23 @@ class PromptRenderer:
         install(settings.retriever, settings.retriever_model)
         self.settings = settings
         self.thinking = thinking
+        # What the template adds for a method without thinking must not cost it words that the others are shown.
+        self._not_counted = len(self.encode("")) - len(self.encode("", thinking=True))
         self.opens_thinking = thinking and self.decode(self.encode("")).rstrip().endswith(THINK_OPEN)
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str, thinking: bool | None = None) -> list[int]:
         """Token ids of the whole conversation up to where the model begins."""
         ids: list[int] = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
-            enable_thinking=self.thinking,
+            enable_thinking=self.thinking if thinking is None else thinking,
             tokenize=True,
             return_dict=False,
         )
         return ids
 
     def render(self, example: Example) -> RenderedPrompt:
-        """Select, neutralise and fit the profile; the budget counts the chat template's own tokens too.
+        """Select, neutralise and fit the profile; the budget counts the chat template's own tokens too, as with thinking.
 
         Raises:
             QueryTooLongError: the query alone does not fit.
@@ -80,7 +82,7 @@ class PromptRenderer:
             example,
             self.settings.profile_size,
             self.settings.retriever,
-            lambda text: len(self.encode(text)),
+            lambda text: len(self.encode(text)) - self._not_counted,
             self.settings.max_prompt_tokens,
             seed=self.settings.seed,
         )

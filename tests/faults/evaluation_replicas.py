@@ -30,7 +30,7 @@ def engine_settings(**changes: Any) -> EngineSettings:
     """A small engine."""
     settings = {
         "dtype": "auto", "enforce_eager": None, "process_per_model": False, "write_every_s": 0.0, "max_num_seqs": 8,
-        "tensor_parallel_size": 1, "gpu_memory_utilization": 0.5, "kv_cache_gib": 1,
+        "tensor_parallel_size": 1, "gpu_memory_utilization": 0.5, "kv_cache_gib": 1, "replicas": 1,
     }  # fmt: skip
     return EngineSettings(**{**settings, **changes})
 

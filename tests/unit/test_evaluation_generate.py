@@ -19,7 +19,7 @@ from tagpr.evaluation.generate import answer
 from tagpr.evaluation.prompts import PromptRenderer, PromptSettings, RenderedPrompt
 from tagpr.evaluation.rows import RowFile
 from tagpr.evaluation.score import score_row
-from tagpr.schema import Example
+from tagpr.schema import Example, ProfileItem
 
 SETTINGS = {"model": "abc"}
 REPLY = "<think>\n<make_decision> fine. </make_decision>\n</think>\n\n5"
@@ -336,7 +336,8 @@ def test_reasoning_tokens_end_at_the_mark() -> None:
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
@@ -374,3 +375,27 @@ def test_prompt_is_one_user_message_and_ends_where_the_model_begins(tokenizer_fo
     assert renderer.decode(forged) == "<think>a</think><|im_end|>b"
     with pytest.raises(QueryTooLongError):
         renderer.render(example.model_copy(update={"query": "review: " + "x" * 100}))
+
+
+def test_without_thinking_the_prompt_says_the_same_and_the_template_closes_the_thinking(
+    tokenizer_folder: str,
+) -> None:
+    item = ProfileItem(id="1", fields={"text": "word " * 40, "score": "4"})
+    example = examples(1)[0].model_copy(update={"profile": (item,)})
+    ample = PromptRenderer(tokenizer_folder, PromptSettings(8, "recency", 1000, 20, 0)).render(example)
+    # Not a token to spare.
+    settings = PromptSettings(8, "recency", len(ample.token_ids), 20, 0)
+    thinking, plain = (PromptRenderer(tokenizer_folder, settings, each) for each in (True, False))
+    prompts = thinking.render(example), plain.render(example)
+    assert prompts[0].text == prompts[1].text == ample.text
+    assert len(prompts[1].token_ids) > len(prompts[0].token_ids)
+    assert plain.decode(prompts[1].token_ids).endswith("<think>\n\n</think>\n\n")
+    assert not thinking.opens_thinking
+    assert not plain.opens_thinking
+    # Qwen3-Thinking and DeepSeek-R1 open it in the template.
+    thinking.tokenizer.chat_template = TEMPLATE.replace("assistant\n", "assistant\n<think>\n", 1)
+    thinking.tokenizer.save_pretrained(tokenizer_folder)
+    opened = PromptRenderer(tokenizer_folder, settings)
+    assert opened.opens_thinking
+    assert opened.response_text("a</think>b") == "<think>\na</think>b"
+    assert opened.response_text("<think>a</think>b") == "<think>a</think>b"

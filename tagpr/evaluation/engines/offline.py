@@ -19,6 +19,8 @@ from tagpr.tags import THINK_CLOSE
 WAITING_SHARE = 0.25
 # Taken from the source between two steps: rendering prompts must not hold up those that run.
 ADDED_PER_STEP = 16
+# What a chat template adds where there is no thinking does not count against the prompt's budget.
+TEMPLATE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class VllmEngine:
                 model=model,
                 dtype=dtype,
                 enforce_eager=eager,
-                max_model_len=length,
+                max_model_len=min(positions, length + TEMPLATE_TOKENS),
                 max_num_seqs=settings.max_num_seqs,
                 tensor_parallel_size=settings.tensor_parallel_size,
                 gpu_memory_utilization=settings.gpu_memory_utilization,
