@@ -219,17 +219,16 @@ def test_dense_is_by_dot_product_and_embeds_an_item_once(registry: None) -> None
     RETRIEVERS["contriever"] = DenseRetriever(embedder, kept=3)
     profile = [item("1"), item("3"), item("2"), item("3")]
     profile = [one.model_copy(update={"id": place}) for place, one in zip("abcd", profile, strict=True)]
-    assert (
-        ids(select(profile, "10", 3, "contriever")) == "dbc"
-    )  # a dot product: the longest, not the nearest in angle
+    # A dot product: the longest, not the nearest in angle.
+    assert ids(select(profile, "10", 3, "contriever")) == "dbc"
     assert embedder.asked == ["10", "1", "3", "2"]
     assert ids(select(profile, "-1", 4, "contriever")) == "acdb"
     assert embedder.asked[4:] == ["-1"]
-    select(
-        [item("7")], "0", 1, "contriever"
-    )  # one too many: "1" was used as long ago as the others, and came first
-    select(profile, "1", 1, "contriever")
-    assert embedder.asked[5:] == ["0", "7", "1", "1"]
+    select([item("1")], "0", 1, "contriever")
+    select([item("7")], "0", 1, "contriever")  # one too many: "3" is the longest unused
+    assert embedder.asked[5:] == ["0", "0", "7"]
+    select([item("1"), item("2"), item("3")], "0", 1, "contriever")
+    assert embedder.asked[8:] == ["0", "3"]
 
 
 def test_dense_with_the_offline_embedder_finds_what_is_said_alike(registry: None) -> None:
