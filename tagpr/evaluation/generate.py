@@ -17,6 +17,7 @@ from tagpr.evaluation.prompts import PromptRenderer, RenderedPrompt
 from tagpr.evaluation.rows import Generation, Key, Row, RowFile, Unanswered
 from tagpr.rewards.repetition import repetition_reward
 from tagpr.schema import Example
+from tagpr.tags import THINK_CLOSE, THINK_OPEN
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def answer(
     work = _Work([(key, by_id[key[0]]) for key in missing], rendering)
     logger.info("%s: %d of %d rows to answer%s", label, len(missing), total, told)
     answered = refused = 0
+    hinted = False
     batch: list[Row] = []
     with closing(work):
         if not work.wait_for_first():
@@ -82,7 +84,16 @@ def answer(
                     elif completion is not None:
                         prompt = work.taken(completion.key)
                         example = by_id[completion.key[0]]
-                        batch.append(score(generation_of(completion, example, prompt, rendering), example))
+                        generation = generation_of(completion, example, prompt, rendering)
+                        if not hinted and completion.text is not None and _lacks_opening(generation):
+                            hinted = True
+                            logger.warning(
+                                "%s: a response closes <think> without opening it. Where the model's chat template opens it, "
+                                "set evaluate.models.%s.tokenizer to the model's own",
+                                label,
+                                label,
+                            )
+                        batch.append(score(generation, example))
                     now = time.monotonic()
                     if batch and now - written >= write_every_s:
                         file.append(batch)
@@ -152,6 +163,11 @@ def generation_of(
         thinking=rendering.thinking,
         thinking_cut=completion.thinking_cut,
     )
+
+
+def _lacks_opening(generation: Generation) -> bool:
+    response = generation.response
+    return generation.thinking and THINK_CLOSE in response and THINK_OPEN not in response
 
 
 def _refusal(completion: Completion) -> Unanswered:

@@ -199,6 +199,17 @@ def test_refused_rows_are_named_and_the_others_answered(
     assert set(file.unanswered) == {("r7", None)}
 
 
+def test_thinking_that_the_template_opens_is_pointed_out_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def unopened(body: dict[str, Any]) -> Reply:
+        return 200, completion("fine.\n</think>\n\n5")
+
+    with FaultyEndpoint(unopened) as endpoint:
+        evaluate(tmp_path / "gpt.jsonl", endpoint.url, 5)
+    assert caplog.text.count("set evaluate.models.gpt.tokenizer to the model's own") == 1
+
+
 def test_an_endpoint_that_refuses_everything_is_no_table_of_nothing(tmp_path: Path) -> None:
     with FaultyEndpoint(parrot, refuse=("prompt",)) as endpoint:
         with pytest.raises(StageError, match="refuses the request with status 400"):
