@@ -14,6 +14,7 @@ from rank_bm25 import BM25Okapi
 from tagpr import dense_retrieval
 from tagpr.benchmarks.lamp import read_split
 from tagpr.benchmarks.minilamp.generate import write
+from tagpr.benchmarks.prompt import build_prompt
 from tagpr.benchmarks.tasks import get_task
 from tagpr.dense_retrieval import DenseRetriever, install
 from tagpr.errors import ConfigError, DataError
@@ -29,6 +30,17 @@ def item(name: str, date: str | None = None) -> ProfileItem:
 
 def ids(items: tuple[ProfileItem, ...]) -> str:
     return "".join(item.id for item in items)
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before, installed = dict(RETRIEVERS), dense_retrieval._installed
+    RETRIEVERS.pop("contriever", None)
+    dense_retrieval._installed = None
+    yield
+    RETRIEVERS.clear()
+    RETRIEVERS.update(before)
+    dense_retrieval._installed = installed
 
 
 def test_recency_is_newest_first_by_number_not_by_text() -> None:
@@ -187,6 +199,30 @@ def test_bm25_searches_with_the_task_and_prefers_the_later_of_equals(
     assert capfd.readouterr() == ("", "")  # no progress bars
 
 
+@pytest.mark.parametrize("retriever", ["bm25", "contriever"])
+def test_a_prompt_is_searched_with_the_task_s_texts(retriever: str, registry: None) -> None:
+    install("contriever", "offline")
+    texts = [
+        "the score of the following review on a scale of 1 to 5",
+        "plain",
+        "a splendid thriller",
+        "dull",
+        "odd",
+    ]
+    example = Example(
+        id="lamp3:dev:1", task="lamp3", split="dev", user_id="u", gold="4",
+        query="What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
+        "further explanation. review: splendid thriller",
+        profile=tuple(
+            ProfileItem(id=str(n), fields={"text": text, "score": "5"}) for n, text in enumerate(texts)
+        ),
+    )  # fmt: skip
+    prompt = build_prompt(example, 1, retriever, None, None)
+    assert 'is the score for "a splendid thriller"' in prompt.text
+    for size, shown in ((0, 0), (2, 2), (4, 4), (8, 5), (16, 5), (32, 5)):
+        assert build_prompt(example, size, retriever, None, None).items_used == shown
+
+
 # ---- dense retrieval
 
 
@@ -201,17 +237,6 @@ class Counting:
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.asked += texts
         return np.array([[float(text), 1.0] for text in texts], dtype=np.float32)
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    before, installed = dict(RETRIEVERS), dense_retrieval._installed
-    RETRIEVERS.pop("contriever", None)
-    dense_retrieval._installed = None
-    yield
-    RETRIEVERS.clear()
-    RETRIEVERS.update(before)
-    dense_retrieval._installed = installed
 
 
 def test_dense_is_by_dot_product_and_embeds_an_item_once(registry: None) -> None:
