@@ -194,8 +194,8 @@ def check(line: Line, tasks: Mapping[str, Task]) -> None:
     if is_text(row.get("task")):
         line.task = tasks.get(str(row["task"]))
         if line.task is None:
-            known = [name for name, task in tasks.items() if task.benchmark == "own"] or list(tasks)
-            line.add("unknown task", f"task {_short(row['task'])} is none of {', '.join(known)}. Correct it.")
+            names = [name for name, task in tasks.items() if task.benchmark == "own"] or list(tasks)
+            line.add("unknown task", f"task {_short(row['task'])} is none of {', '.join(names)}. Correct it.")
     labels = line.task.labels if line.task is not None else ()
     if labels and is_text(row.get("gold")) and str(row["gold"]) not in labels:
         line.add(

@@ -179,7 +179,9 @@ def _check(settings: DictConfig) -> None:
 
 
 def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    """One line, in which text from the files cannot move the cursor or colour the terminal."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    sys.stdout.write(f"{shown}\n")
 
 
 def _own_rows(source: Own, tasks: list[str], split: Split, findings: Findings) -> Iterator[Row]:
