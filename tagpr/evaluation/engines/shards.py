@@ -5,7 +5,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ from tagpr.configuration import exported
 from tagpr.errors import ConfigError, StageError, TagPRError
 from tagpr.evaluation.engines import Completion, Completions, EngineSettings, Request, Sampling
 from tagpr.evaluation.prompts import PromptSettings
+from tagpr.local_ray import local_ray
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,6 @@ DEALT_AT_ONCE = 32
 START_DEADLINE_S, CALL_DEADLINE_S = 1800.0, 900.0
 # Deaths of actors in a row without a finished row between them, for each replica.
 DEATHS_IN_A_ROW = 3
-OBJECT_STORE_BYTES = 256 * 2**20
 
 
 class Replica:
@@ -122,18 +123,16 @@ class RayEngine:
     ) -> None:
         self._arguments = (model, settings, prompts, sampling, thinking_tokens)
         self._replicas = settings.replicas
-        self._own_ray = False
+        self._stack = ExitStack()
         self._places: list[_Place] = []
         self._deaths = 0
 
     def __enter__(self) -> "RayEngine":
-        import ray
-
         settings = self._arguments[1]
-        if not ray.is_initialized():
-            _start_ray(self._replicas)
-            self._own_ray = True
+        self._stack.enter_context(_ray(self._replicas))
         try:
+            import ray
+
             gpus = ray.cluster_resources().get("GPU", 0)
             wanted = self._replicas * settings.tensor_parallel_size
             if 0 < gpus < wanted:
@@ -275,31 +274,30 @@ class RayEngine:
         for place in self._places:
             ray.kill(place.actor)
         self._places = []
-        if self._own_ray:
-            ray.shutdown()
-            self._own_ray = False
+        self._stack.close()
 
 
-def _start_ray(replicas: int) -> None:
-    import ray
+@contextmanager
+def _ray(replicas: int) -> Iterator[None]:
+    """The cluster at ``RAY_ADDRESS``, or a Ray of this process's own.
 
+    Raises:
+        StageError: it cannot be started or reached.
+    """
     address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False)
-        else:
-            ray.init(
-                # Never one that somebody else has left running here.
-                address="local",
-                num_cpus=max(replicas, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        where = f"RAY_ADDRESS={address}" if address else "evaluate.engine.replicas"
-        raise StageError(
-            f"{where}: Ray cannot be started or reached ({reason}). Mend it, or use 1 replica."
-        ) from error
+    with ExitStack() as stack:
+        try:
+            if not address:
+                stack.enter_context(local_ray(max(replicas, os.cpu_count() or 1)))
+            else:
+                import ray
+
+                ray.init(address=address, log_to_driver=False)
+                stack.callback(ray.shutdown)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            where = f"RAY_ADDRESS={address}" if address else f"evaluate.engine.replicas={replicas}"
+            raise StageError(
+                f"{where}: Ray cannot be started or reached ({reason}). Mend it, or use 1 replica."
+            ) from error
+        yield
