@@ -1,33 +1,28 @@
-"""Asking a model: the ``openai`` client with retries, bounded concurrency, and the ledger in front of it."""
+"""One model as the pipeline asks it: units of work, the ledger in front, whoever carries the requests behind."""
 
 import asyncio
 import hashlib
 import json
 import logging
 import os
-import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import openai
-from pydantic import BaseModel, Field, ValidationError
-
-from data_pipeline.ledger import Ledger, Reply
+from data_pipeline.ledger import Ledger
 from data_pipeline.settings import ModelSettings
-from tagpr.errors import ConfigError, StageError, TagPRError
+from tagpr.chat.asking import Asker
+from tagpr.chat.client import Reply
+from tagpr.errors import ConfigError, TagPRError
 
 logger = logging.getLogger(__name__)
-for _chatty in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-    # A line per request is a flood; the openai client has changed its HTTP library between versions.
-    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 PROGRESS_S = 5.0
 
 
@@ -47,69 +42,55 @@ class Unit:
     request: Mapping[str, Any] = field(default_factory=dict)
 
 
-class _Message(BaseModel):
-    content: str | None = None
-    # Servers with a reasoning parser put the chain beside the content, under one of two names.
-    reasoning_content: str | None = None
-    reasoning: str | None = None
+class PendingError(TagPRError):
+    """The unit waits in a batch: there is no reply yet, and nobody is to wait for it here."""
 
 
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
+class Deferred(Protocol):
+    """Collects requests for a batch that is sent, and answered, later."""
 
-
-class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class _Completion(BaseModel):
-    """What we read of a chat completion; anything else in it is ignored."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    def add(
+        self, key: str, role: str, body: Mapping[str, Any], *, kind: str, noted: Mapping[str, Any]
+    ) -> None:
+        """Note a request for the next batch; nothing happens if it is in one already."""
+        ...
 
 
 class Endpoint:
     """One model. :meth:`ask` answers from the ledger where it can and pays where it must.
 
-    ``key`` is the configuration node that errors name, e.g. ``chains.judge``. The API key is given to the client and
-    kept nowhere else.
+    With ``deferred`` nothing is asked here: a unit that is not in the ledger is noted there and raises PendingError.
     """
 
     def __init__(
         self,
-        key: str,
+        role: str,
         settings: ModelSettings,
         ledger: Ledger,
         seed: int,
-        retries: int,
-        base_url: str,
-        api_key: str,
+        asker: Asker,
+        deferred: Deferred | None = None,
     ) -> None:
-        self.key = key
+        self.role = role
         self.settings = settings
-        self.base_url = base_url
-        self.counts: Counter[str] = Counter()
+        self.asker = asker
         self._ledger = ledger
         self._seed = seed
-        self._retries = retries
+        self._deferred = deferred
         self._in_flight: dict[str, asyncio.Future[Reply]] = {}
-        # Retries are ours: they are counted, and Retry-After has a limit.
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=api_key, max_retries=0, timeout=settings.timeout_s
-        )
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.close()
+    @property
+    def counts(self) -> Counter[str]:
+        """What was asked, retried, refused, found in the ledger; and what those who read the replies add to it."""
+        return self.asker.counts
 
     async def ask(self, unit: Unit) -> Reply:
         """The reply to one unit; equal units asked at the same time are one unit.
 
         Raises:
-            StageError: the endpoint refuses the key, is not there, or goes on failing; naming key and remedy.
+            PendingError: the unit waits in a batch.
+            RequestRefusedError: the endpoint refuses this request, and may answer others.
+            StageError: the endpoint cannot be used, or the ledger cannot; naming key and remedy.
         """
         parameters = self._parameters(unit)
         key = _unit_key(self.settings, unit, parameters)
@@ -119,20 +100,31 @@ class Endpoint:
             return known
         if key in self._in_flight:
             return await asyncio.shield(self._in_flight[key])
+        body = {
+            "model": self.settings.model,
+            "messages": [{"role": "user", "content": unit.prompt}],
+            **parameters,
+        }
+        noted = {**parameters, "sample": unit.sample, "rollout": unit.rollout, "attempt": unit.attempt}
+        if self._deferred is not None:
+            self._deferred.add(key, self.role, body, kind=unit.kind, noted=noted)
+            raise PendingError(
+                f"chains.{self.role}: a unit waits in a batch. Run the same command again later."
+            )
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._in_flight[key] = future
         try:
-            reply = await self._request(unit.prompt, parameters)
-            self.counts["asked"] += 1
-            self.counts["prompt_tokens"] += reply.prompt_tokens
-            self.counts["completion_tokens"] += reply.completion_tokens
-            noted = {**parameters, "sample": unit.sample, "rollout": unit.rollout, "attempt": unit.attempt}
+            reply = await self.asker.ask(body)
             self._ledger.record(key, unit.kind, self.settings.model, noted, reply)
             # Everything that arrived in this round of the event loop is one commit.
             await asyncio.sleep(0)
             self._ledger.commit()
             future.set_result(reply)
             return reply
+        except Exception as error:
+            future.set_exception(error)
+            future.exception()  # nobody else may be waiting for it
+            raise
         except BaseException:
             future.cancel()
             raise
@@ -149,79 +141,31 @@ class Endpoint:
             "seed": _number(self._seed, unit.sample, unit.rollout, unit.attempt),
         }
 
-    async def _request(self, prompt: str, parameters: dict[str, Any]) -> Reply:
-        body = {
-            "model": self.settings.model,
-            "messages": [{"role": "user", "content": prompt}],
-            **parameters,
-        }
-        for failures in range(self._retries + 1):
-            try:
-                # The client's typed call spends as long on conversions as on everything else; this one skips them.
-                completion = await self._client.post("/chat/completions", cast_to=object, body=body)
-                return self._read(completion)
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-                self._refused(error)
-            except openai.RateLimitError as error:
-                if error.code == "insufficient_quota":
-                    raise StageError(
-                        f"{self.key}: the account's quota at {self.base_url} is used up. Raise it and run again."
-                    ) from None
-                what, wait = "429", _retry_after(error.response.headers)
-            except openai.APIConnectionError as error:  # timeouts are among these
-                what, wait = "timeout" if isinstance(error, openai.APITimeoutError) else "unreachable", None
-            except openai.APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in (408, 409):
-                    raise StageError(
-                        f"{self.key}: {self.base_url} refuses the request with status {error.status_code} "
-                        f"({error.code or type(error).__name__}). Check model and parameters in this node."
-                    ) from None
-                what, wait = str(error.status_code), _retry_after(error.response.headers)
-            self.counts[f"retried_{what}"] += 1
-            if failures < self._retries:
-                backoff = FIRST_WAIT_S * 2**failures * random.uniform(0.5, 1.0)
-                await asyncio.sleep(min(backoff if wait is None else wait, LONGEST_WAIT_S))
-        raise StageError(
-            f"{self.key}.base_url={self.base_url}: no answer after {self._retries + 1} tries (the last: {what}). "
-            "Check that the endpoint is up and run again: what was answered is kept."
-        )
 
-    def _read(self, answer: object) -> Reply:
-        try:
-            completion = _Completion.model_validate(answer)
-        except ValidationError as error:
-            # The client hands through whatever has status 200: a proxy's HTML page, say.
-            raise StageError(
-                f"{self.key}.base_url={self.base_url}: its answer is no chat completion. "
-                "Point it to an OpenAI-compatible endpoint (the URL often ends in /v1)."
-            ) from error
-        choice, usage = completion.choices[0], completion.usage or _Usage()
-        return Reply(
-            text=choice.message.content or "",
-            reasoning=choice.message.reasoning_content or choice.message.reasoning,
-            finish_reason=choice.finish_reason or "",
-            prompt_tokens=usage.prompt_tokens,
-            completion_tokens=usage.completion_tokens,
-        )
-
-    def _refused(self, error: openai.APIStatusError) -> NoReturn:
-        raise StageError(
-            f"{self.key}: {self.base_url} refuses the key in {self.settings.key_variable} "
-            f"(status {error.status_code}). Put a valid key there and run again."
-        ) from None
-
-
-def read_key(node: str, variable: str) -> str:
-    """The API key from the environment.
+def read_key(node: str, variable: str | None, file: str | None) -> str:
+    """The API key from a file, else from the environment; read where the driver runs.
 
     Raises:
-        ConfigError: the variable is not set.
+        ConfigError: the file cannot be read or is empty, or the variable is not set.
     """
-    value = os.environ.get(variable, "").strip()
-    if not value:
-        raise ConfigError(
-            f"{node}.key_variable={variable}: this environment variable is not set. Put the API key there."
-        )
+    if file is not None:
+        try:
+            value = Path(file).expanduser().read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{node}.key_file={file}: cannot be read ({type(error).__name__}). Write the API key into it."
+            ) from None
+        source = f"{node}.key_file={file}"
+    else:
+        value = os.environ.get(variable or "", "").strip()
+        source = f"{node}.key_variable={variable}"
+        if not value:
+            raise ConfigError(
+                f"{source}: this environment variable is not set where the driver runs. Put the API key there, or the "
+                f"name of a file that holds it in {node}.key_file."
+            )
+    if not value or not value.isascii() or not value.isprintable() or " " in value:
+        raise ConfigError(f"{source}: holds no API key (one word of printable ASCII). Put the key there.")
     return value
 
 
@@ -233,29 +177,49 @@ async def for_each(
     The first error stops all others and is raised as it is.
     """
     results: dict[int, Result] = {}
-    queue = iter(enumerate(items))
     started = reported = time.monotonic()
 
-    async def worker() -> None:
+    async def one(place: tuple[int, Item]) -> None:
         nonlocal reported
-        for index, item in queue:
-            results[index] = await work(item)
-            now = time.monotonic()
-            if now - reported > PROGRESS_S:
-                reported = now
-                logger.info(
-                    "%s: %d of %d (%.0f/s)", label, len(results), len(items), len(results) / (now - started)
-                )
+        results[place[0]] = await work(place[1])
+        now = time.monotonic()
+        if now - reported > PROGRESS_S:
+            reported = now
+            logger.info(
+                "%s: %d of %d (%.0f/s)", label, len(results), len(items), len(results) / (now - started)
+            )
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(items))):
-                group.create_task(worker())
-    except* TagPRError as errors:
-        raise errors.exceptions[0] from None
+    await stream(enumerate(items), one, concurrency)
     took = time.monotonic() - started
     logger.info("%s: %d done in %.1f s (%.0f/s)", label, len(items), took, len(items) / max(took, 1e-9))
     return [results[index] for index in range(len(items))]
+
+
+async def stream(items: Iterable[Item], work: Callable[[Item], Awaitable[None]], window: int) -> None:
+    """Do ``work`` for every item, at most ``window`` at a time; items are drawn as there is room for them.
+
+    The first error stops all others and is raised as it is.
+    """
+    queue = iter(items)
+
+    async def worker() -> None:
+        for item in queue:
+            await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(window):
+                group.create_task(worker())
+    except* TagPRError as errors:
+        raise _first(errors) from None
+
+
+def _first(errors: BaseExceptionGroup[TagPRError]) -> TagPRError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, TagPRError)
+    return error
 
 
 def _unit_key(settings: ModelSettings, unit: Unit, parameters: Mapping[str, Any]) -> str:
@@ -276,15 +240,3 @@ def _unit_key(settings: ModelSettings, unit: Unit, parameters: Mapping[str, Any]
 def _number(*parts: object) -> int:
     """A seed of 31 bits from anything printable."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait, None if it does not say so in numbers."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers[name]) * scale
-        except (KeyError, ValueError):
-            continue
-        if 0.0 <= seconds < float("inf"):
-            return seconds
-    return None

@@ -28,13 +28,13 @@ class Funnel:
         self.kept: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
         self.dropped: dict[str, Counter[str]] = {}
 
-    def keep(self, stage: str, task: str) -> None:
+    def keep(self, stage: str, task: str, count: int = 1) -> None:
         """One unit got through a stage."""
-        self.kept[stage][task] += 1
+        self.kept[stage][task] += count
 
-    def drop(self, stage: str, reason: str) -> None:
+    def drop(self, stage: str, reason: str, count: int = 1) -> None:
         """One unit did not, and why."""
-        self.dropped.setdefault(stage, Counter())[reason] += 1
+        self.dropped.setdefault(stage, Counter())[reason] += count
 
     def total(self, stage: str) -> int:
         """Units of all tasks that got through a stage."""

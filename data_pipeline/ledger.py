@@ -1,7 +1,7 @@
 """The ledger: every reply that was paid for, one row each, so that no unit of work is paid for twice.
 
 SQLite in WAL mode. Rows are committed in batches; a committed row survives ``kill -9`` of this process. The
-rows hold model, parameters and reply, never a key or a URL.
+rows hold model, parameters and reply, never a key or a URL. Others may read the file while a run writes it.
 """
 
 import fcntl
@@ -9,15 +9,17 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tagpr.chat.client import Reply
 from tagpr.errors import StageError
 
-LAYOUT = 1
+LAYOUT = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS unit (
     key TEXT PRIMARY KEY,
@@ -28,20 +30,26 @@ CREATE TABLE IF NOT EXISTS unit (
     reasoning TEXT,
     finish_reason TEXT NOT NULL,
     prompt_tokens INTEGER NOT NULL,
+    cached_prompt_tokens INTEGER NOT NULL,
     completion_tokens INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
     created REAL NOT NULL
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+_COLUMNS = "text, reasoning, finish_reason, prompt_tokens, cached_prompt_tokens, completion_tokens"
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What an endpoint answered to one unit of work; token counts as the endpoint reported them (0: not reported)."""
+class Spent:
+    """Replies and tokens of one kind of work by one model; ``batch``: through the Batch API."""
 
-    text: str
-    reasoning: str | None
-    finish_reason: str
+    kind: str
+    model: str
+    batch: bool
+    replies: int
     prompt_tokens: int
+    cached_prompt_tokens: int
     completion_tokens: int
 
 
@@ -55,8 +63,13 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending: dict[str, tuple[Any, ...]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - held as long as the ledger
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path.with_name(path.name + ".lock"), "w")  # noqa: SIM115 - held as long as the ledger
+        except OSError as error:
+            raise StageError(
+                f"{path}: cannot be written ({error.strerror}). Set chains.ledger to a file in a folder of yours."
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -65,26 +78,32 @@ class Ledger:
                 f"{path}: another run is using this ledger. Wait for it to end, or set chains.ledger to another file."
             ) from error
         try:
-            self._database = sqlite3.connect(path)
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open(self) -> None:
+        try:
+            self._database = sqlite3.connect(self.path)
             self._database.execute("PRAGMA journal_mode=WAL")
             # NORMAL: a commit outlives this process; only a power cut can take the last ones back.
             self._database.execute("PRAGMA synchronous=NORMAL")
             layout = self._database.execute("PRAGMA user_version").fetchone()[0]
             if layout not in (0, LAYOUT):
                 raise StageError(
-                    f"{path}: is a ledger of layout {layout}, this version reads {LAYOUT}. "
+                    f"{self.path}: is a ledger of layout {layout}, this version reads {LAYOUT}. "
                     "Set chains.ledger to a new file."
                 )
-            self._database.execute(SCHEMA)
+            self._database.executescript(SCHEMA)
             self._database.execute(f"PRAGMA user_version={LAYOUT}")
             self._database.commit()
         except sqlite3.Error as error:
             raise self._broken(error) from error
         for suffix in ("", "-wal", "-shm"):
             # Replies to private data are nobody else's business.
-            file = Path(f"{path}{suffix}")
-            if file.exists():
-                os.chmod(file, 0o600)
+            with suppress(FileNotFoundError):
+                os.chmod(f"{self.path}{suffix}", 0o600)
 
     def __enter__(self) -> "Ledger":
         return self
@@ -92,7 +111,12 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        # The run has failed already, perhaps because this very file cannot be written: that is what it says.
+        with suppress(StageError):
+            self.close()
 
     def __len__(self) -> int:
         """Committed rows."""
@@ -100,13 +124,19 @@ class Ledger:
 
     def get(self, key: str) -> Reply | None:
         """The reply of this unit, if it was ever paid for."""
-        row = self._database.execute(
-            "SELECT text, reasoning, finish_reason, prompt_tokens, completion_tokens FROM unit WHERE key = ?",
-            (key,),
-        ).fetchone()
+        row = self._database.execute(f"SELECT {_COLUMNS} FROM unit WHERE key = ?", (key,)).fetchone()
         return None if row is None else Reply(*row)
 
-    def record(self, key: str, kind: str, model: str, parameters: Mapping[str, object], reply: Reply) -> None:
+    def record(
+        self,
+        key: str,
+        kind: str,
+        model: str,
+        parameters: Mapping[str, object],
+        reply: Reply,
+        *,
+        batch: bool = False,
+    ) -> None:
         """Note a reply; :meth:`commit` makes all noted ones durable at once."""
         self._pending[key] = (
             key,
@@ -117,7 +147,9 @@ class Ledger:
             reply.reasoning,
             reply.finish_reason,
             reply.prompt_tokens,
+            reply.cached_prompt_tokens,
             reply.completion_tokens,
+            batch,
             time.time(),
         )
 
@@ -129,22 +161,38 @@ class Ledger:
         """
         if not self._pending:
             return
-        rows, self._pending = list(self._pending.values()), {}
-        try:
-            with self._database:
-                self._database.executemany("INSERT OR REPLACE INTO unit VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
+        with self._writing():
+            self._database.executemany(
+                "INSERT OR REPLACE INTO unit VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", list(self._pending.values())
+            )
+        self._pending.clear()
+
+    def note(self, name: str) -> str | None:
+        """What was noted under this name."""
+        row = self._database.execute("SELECT value FROM note WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_note(self, name: str, value: str) -> None:
+        """Keep a note; durable when this returns.
+
+        Raises:
+            StageError: the file cannot be written.
+        """
+        with self._writing():
+            self._database.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (name, value))
+
+    def spent(self) -> list[Spent]:
+        """What was paid for, over all runs that used this ledger."""
+        return spent(self._database)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Rows and tokens of each kind of work, over all runs that used this ledger."""
-        rows = self._database.execute(
-            "SELECT kind, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens) FROM unit GROUP BY kind ORDER BY kind"
-        )
-        return {
-            kind: {"replies": count, "prompt_tokens": prompt, "completion_tokens": completion}
-            for kind, count, prompt, completion in rows
-        }
+        found: dict[str, dict[str, int]] = {}
+        for row in self.spent():
+            total = found.setdefault(row.kind, {})
+            for name in ("replies", "prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
+                total[name] = total.get(name, 0) + getattr(row, name)
+        return found
 
     def close(self) -> None:
         """Commit and let the next run in."""
@@ -154,7 +202,25 @@ class Ledger:
             self._database.close()
             self._lock.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._database:
+                yield
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+
     def _broken(self, error: sqlite3.Error) -> StageError:
         return StageError(
-            f"{self.path}: SQLite cannot use this file ({error}). Check the disk, or set chains.ledger to a new file."
+            f"{self.path}: SQLite cannot use this file ({error}). Check the disk and run again, or set chains.ledger to "
+            "a new file: what was committed is kept."
         )
+
+
+def spent(database: sqlite3.Connection) -> list[Spent]:
+    """Replies and tokens by kind and model, from an open ledger."""
+    rows = database.execute(
+        "SELECT kind, model, batch, COUNT(*), SUM(prompt_tokens), SUM(cached_prompt_tokens), SUM(completion_tokens) "
+        "FROM unit GROUP BY kind, model, batch ORDER BY kind, model, batch"
+    )
+    return [Spent(kind, model, bool(batch), *numbers) for kind, model, batch, *numbers in rows]

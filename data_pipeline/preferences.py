@@ -1,6 +1,7 @@
 """Preference pairs for PRMU, from the teacher's chains (S15, S16)."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -11,14 +12,41 @@ from tagpr.schema import Chain, PreferencePair
 from tagpr.tags import format_response
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """A chain without its text, of which ``text`` is a hash: what choosing needs of a hundred thousand of them."""
+
+    id: str
+    example_id: str
+    task: str
+    user_id: str
+    answer: str
+    verifiable: float
+    text: bytes
+
+    @classmethod
+    def of(
+        cls,
+        id_: str,
+        example_id: str,
+        task: str,
+        user_id: str,
+        answer: str,
+        verifiable: float,
+        reasoning: str,
+    ) -> "Brief":
+        """The brief of a chain with this reasoning."""
+        text = hashlib.sha256(f"{len(answer)} {answer}{reasoning}".encode()).digest()[:16]
+        return cls(id_, example_id, task, user_id, answer, verifiable, text)
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A pair before its chains are tagged; both answer the same instance, ``prompt`` is the one with the profile."""
+    """A pair before its chains are tagged; both answer the same instance."""
 
     kind: Literal["prp", "pqp"]
-    prompt: str
-    chosen: Chain
-    rejected: Chain
+    chosen: Brief
+    rejected: Brief
 
     @property
     def id(self) -> str:
@@ -37,46 +65,41 @@ class Candidate:
         return len(chosen) > 1 and chosen[:-1] == rejected[:-1] and chosen[-1:] != rejected[-1:]
 
 
-def _text(chain: Chain) -> tuple[str, str]:
-    return chain.reasoning, chain.answer
-
-
 def prp_candidates(
-    kept: Sequence[Chain], without_profile: Sequence[Chain], minimum_gain: float | None
+    kept: Sequence[Brief], without_profile: Sequence[Brief], minimum_gain: float | None
 ) -> list[Candidate]:
     """Every kept chain over every chain that was made without the profile for the same instance (S15).
 
     Equal texts are no pair. ``minimum_gain`` drops pairs whose chosen answer is not at least so much better by R_v; None:
     as the paper says it, whatever the answers.
     """
-    others: dict[str, list[Chain]] = {}
+    others: dict[str, list[Brief]] = {}
     for chain in without_profile:
         others.setdefault(chain.example_id, []).append(chain)
     found = {}
     for chosen in kept:
         for rejected in others.get(chosen.example_id, []):
-            candidate = Candidate("prp", chosen.prompt, chosen, rejected)
-            if _text(chosen) != _text(rejected) and (
-                minimum_gain is None or candidate.margin >= minimum_gain
-            ):
-                found[chosen.example_id, _text(chosen), _text(rejected)] = candidate
+            candidate = Candidate("prp", chosen, rejected)
+            if chosen.text != rejected.text and (minimum_gain is None or candidate.margin >= minimum_gain):
+                found[chosen.example_id, chosen.text, rejected.text] = candidate
     return list(found.values())
 
 
-def pqp_candidates(personalised: Sequence[Chain], margin: float) -> list[Candidate]:
+def pqp_candidates(personalised: Sequence[Brief], margin: float) -> list[Candidate]:
     """Every two chains with the profile for one instance whose R_v differ by more than ``margin`` (S16): no ties.
 
-    Chains with the same answer never differ, so a pair never sets two wordings of one answer against each other.
+    Chains with the same answer never differ, so a pair never sets two wordings of one answer against each other. Of chains
+    with one text the first counts.
     """
-    by_example: dict[str, dict[tuple[str, str], Chain]] = {}
+    by_example: dict[str, dict[bytes, Brief]] = {}
     for chain in personalised:
-        by_example.setdefault(chain.example_id, {}).setdefault(_text(chain), chain)
+        by_example.setdefault(chain.example_id, {}).setdefault(chain.text, chain)
     found = []
     for chains in by_example.values():
         for one, other in combinations(chains.values(), 2):
             better, worse = (one, other) if one.verifiable > other.verifiable else (other, one)
             if better.verifiable - worse.verifiable > margin:
-                found.append(Candidate("pqp", better.prompt, better, worse))
+                found.append(Candidate("pqp", better, worse))
     return found
 
 
@@ -110,21 +133,21 @@ def choose_pairs(
     return chosen
 
 
-def finish_pair(candidate: Candidate, tagged: Mapping[str, str]) -> PreferencePair | None:
+def finish_pair(candidate: Candidate, chosen: Chain, rejected: Chain) -> PreferencePair | None:
     """The pair with both chains tagged, as the policy will write them; None if either could not be tagged.
 
-    ``tagged`` maps chain ids to tagged reasoning. Both sides are tagged or there is no pair: PRMU must not learn to tell
-    tagged from untagged.
+    ``chosen`` and ``rejected`` are the candidate's chains in full, the prompt is the one with the profile. Both sides are
+    tagged or there is no pair: PRMU must not learn to tell tagged from untagged.
     """
-    if not (tagged.get(candidate.chosen.id) and tagged.get(candidate.rejected.id)):
+    if not (chosen.tagged and rejected.tagged):
         return None
     return PreferencePair(
         id=candidate.id,
         kind=candidate.kind,
-        task=candidate.chosen.task,
-        user_id=candidate.chosen.user_id,
-        prompt=candidate.prompt,
-        chosen=format_response(tagged[candidate.chosen.id], candidate.chosen.answer),
-        rejected=format_response(tagged[candidate.rejected.id], candidate.rejected.answer),
+        task=chosen.task,
+        user_id=chosen.user_id,
+        prompt=chosen.prompt,
+        chosen=format_response(chosen.tagged, chosen.answer),
+        rejected=format_response(rejected.tagged, rejected.answer),
         margin=candidate.margin,
     )

@@ -2,11 +2,45 @@
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
-
-from tagpr.schema import Chain, Example
+from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
+
+
+class Drawable(Protocol):
+    """A row of a benchmark, as far as drawing looks at it."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def task(self) -> str:
+        """Its task."""
+
+    @property
+    def user_id(self) -> str:
+        """Whose it is."""
+
+
+class Selectable(Protocol):
+    """A chain, as far as selection looks at it."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+    @property
+    def task(self) -> str:
+        """Its task."""
+
+    @property
+    def example_id(self) -> str:
+        """The instance that it is for."""
+
+
+Row = TypeVar("Row", bound=Drawable)
+Candidate = TypeVar("Candidate", bound=Selectable)
 
 
 def shuffled(items: Iterable[Item], name: Callable[[Item], str], seed: int) -> list[Item]:
@@ -26,25 +60,23 @@ def interleave(items: Iterable[Item], *keys: Callable[[Item], Hashable]) -> list
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
 
-def draw_instances(
-    examples: Sequence[Example], tasks: Sequence[str], per_task: int, seed: int
-) -> list[Example]:
+def draw_instances(examples: Sequence[Row], tasks: Sequence[str], per_task: int, seed: int) -> list[Row]:
     """``per_task`` random instances of each task, all of them where there are fewer (S5); users take turns."""
-    drawn: list[Example] = []
+    drawn: list[Row] = []
     for task in tasks:
         rows = shuffled((row for row in examples if row.task == task), lambda row: row.id, seed)
         drawn += interleave(rows, lambda row: row.user_id)[:per_task]
     return drawn
 
 
-def select_chains(chains: Sequence[Chain], size: int, per_instance: int, seed: int) -> list[Chain]:
+def select_chains(chains: Sequence[Candidate], size: int, per_instance: int, seed: int) -> list[Candidate]:
     """At most ``size`` chains for SFT, at most ``per_instance`` of an instance, tasks and instances in turn (S14).
 
     Among the chains of an instance the choice is random, not by the judge's total: all have passed, and taking the best
     would undo what the teacher's distribution is.
     """
     order = shuffled(chains, lambda chain: chain.id, seed)
-    capped: list[Chain] = []
+    capped: list[Candidate] = []
     taken: dict[str, int] = {}
     for chain in order:
         taken[chain.example_id] = taken.get(chain.example_id, 0) + 1

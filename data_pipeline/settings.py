@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tagpr.chat.cost import Price
+from tagpr.chat.structured import Structured
 from tagpr.errors import ConfigError
 from tagpr.metrics import RougeKind
 
@@ -23,6 +25,7 @@ class ModelSettings(Settings):
     model: str
     base_url: str | None
     key_variable: str | None
+    key_file: str | None
     revision: str
     temperature: float = Field(ge=0.0)
     top_p: float = Field(gt=0.0, le=1.0)
@@ -30,6 +33,72 @@ class ModelSettings(Settings):
     request: dict[str, Any]
     concurrency: int = Field(gt=0)
     timeout_s: float = Field(gt=0.0)
+    structured: Structured
+    mode: Literal["sync", "batch"]
+
+    @property
+    def key_source(self) -> str:
+        """Where the key comes from, in words for a message."""
+        return self.key_file or self.key_variable or "(no key)"
+
+
+class BudgetSettings(Settings):
+    """Money: the hard limit, and from which estimate on the run asks first."""
+
+    dollars: float | None = Field(ge=0.0)
+    ask_above_dollars: float | None = Field(ge=0.0)
+    yes: bool
+
+
+class Expectations(Settings):
+    """What an estimate of the cost goes by until the ledger knows better; lengths in tokens."""
+
+    prompt_tokens: float = Field(gt=0.0)
+    chain_tokens: float = Field(gt=0.0)
+    answer_tokens: float = Field(gt=0.0)
+    judge_reply_tokens: float = Field(gt=0.0)
+    exploratory_reply_tokens: float = Field(gt=0.0)
+    accurate: Share = Field(ge=0.0, le=1.0)
+    judged: Share = Field(ge=0.0, le=1.0)
+    unsolved: Share = Field(ge=0.0, le=1.0)
+    untagged_in_pairs: Share = Field(ge=0.0, le=1.0)
+    malformed: Share = Field(ge=0.0, le=1.0)
+
+
+class BatchSettings(Settings):
+    """The Batch API: the provider's limits of a file, and how often to look (None: end, and look in the next run)."""
+
+    requests: int = Field(gt=0, le=50_000)
+    megabytes: float = Field(gt=0.0, le=200.0)
+    poll_s: float | None = Field(gt=0.0)
+
+
+class VllmSettings(Settings):
+    """A teacher of our own: vLLM engines in Ray actors."""
+
+    replicas: int = Field(gt=0)
+    tensor_parallel_size: int = Field(gt=0)
+    gpus: float | None = Field(ge=0.0)
+    dtype: str
+    max_model_len: int | None = Field(gt=0)
+    engine: dict[str, Any]
+    chat_template: dict[str, Any]
+
+
+class TeacherSettings(ModelSettings):
+    """The teacher, behind an endpoint or in this job."""
+
+    backend: Literal["endpoint", "vllm"]
+    vllm: VllmSettings
+
+
+class RaySettings(Settings):
+    """The Ray that the job runs on."""
+
+    address: str | None
+    submit: str | None
+    cpus: int | None = Field(gt=0)
+    dashboard: bool
 
 
 class PromptFiles(Settings):
@@ -55,7 +124,15 @@ class SimulatedFaults(Settings):
     free_tag_vague: Share = Field(ge=0.0, le=1.0)
     http_429: Share = Field(ge=0.0, le=1.0)
     http_500: Share = Field(ge=0.0, le=1.0)
+    http_502: Share = Field(ge=0.0, le=1.0)
+    http_dropped: Share = Field(ge=0.0, le=1.0)
+    http_broken_json: Share = Field(ge=0.0, le=1.0)
+    http_slow: Share = Field(ge=0.0, le=1.0)
+    slow_s: float = Field(ge=0.0)
     latency_s: float = Field(ge=0.0)
+    batch_s: float = Field(ge=0.0)
+    batch_failed: Share = Field(ge=0.0, le=1.0)
+    batch_expired: Share = Field(ge=0.0, le=1.0)
 
 
 class AccuracySettings(Settings):
@@ -126,11 +203,19 @@ class ChainSettings(Settings):
     max_per_instance: int = Field(gt=0)
     retries: int = Field(ge=0)
     tokenizer: str | None
+    prices: dict[str, Price]
+    budget: BudgetSettings
+    expected: Expectations
+    batch: BatchSettings
     ledger: str
+    extend_ledger: bool
+    stop_after: Literal["judge", "exploratory"] | None
+    workers: int = Field(gt=0)
+    ray: RaySettings
     prompts: PromptFiles
     tagging: TaggingSettings
     exploratory: ExploratorySettings
-    teacher: ModelSettings
+    teacher: TeacherSettings
     judge: ModelSettings
     tagger: ModelSettings
     preferences: PreferenceSettings
@@ -162,10 +247,12 @@ def read_settings(config: DictConfig) -> ChainSettings:
         raise ConfigError("chains.exploratory.weights: all are 0. Give one of them a weight.")
     for name in ("teacher", "judge", "tagger"):
         model: ModelSettings = getattr(settings, name)
-        if settings.endpoint == "openai" and not (model.base_url and model.key_variable):
+        if in_this_job(settings, name):
+            continue
+        if settings.endpoint == "openai" and not (model.base_url and (model.key_variable or model.key_file)):
             raise ConfigError(
-                f"chains.{name}: chains.endpoint=openai needs base_url and key_variable (the name of the "
-                "environment variable that holds the key). Set both."
+                f"chains.{name}: chains.endpoint=openai needs base_url and key_variable (the name of the environment "
+                "variable that holds the key) or key_file. Set both."
             )
         if (
             settings.endpoint == "openai"
@@ -176,3 +263,8 @@ def read_settings(config: DictConfig) -> ChainSettings:
                 "Remove it with ~chains.preferences.extra_request.simulated_faults."
             )
     return settings
+
+
+def in_this_job(settings: ChainSettings, role: str) -> bool:
+    """Whether the model of this role runs in the job itself: no URL, no key."""
+    return role == "teacher" and settings.teacher.backend == "vllm"

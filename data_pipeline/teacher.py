@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data_pipeline.endpoint import Unit
-from data_pipeline.ledger import Reply
+from tagpr.chat.client import Reply
 from tagpr.tags import THINK_CLOSE, THINK_OPEN, split_response
 
 

@@ -1,5 +1,13 @@
 #!/usr/bin/env bash
 # Teacher chains, filtered by accuracy and by a judge, tagged; preference pairs for PRMU (outputs/chains).
 #   bash recipes/build_chains.sh chains.rollouts=8
+#   bash recipes/build_chains.sh status                                        what a running or stopped job has done
+#   bash recipes/build_chains.sh chains.ray.submit=http://head:8265 ...        as a Ray job of a cluster
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" build_chains "$@"
+here=$(dirname "${BASH_SOURCE[0]}")
+if [[ ${1:-} == status ]]; then
+    shift
+    bash "$here/setup.sh"
+    exec "$here/../.venv/bin/python" -m data_pipeline.status "$@"
+fi
+exec bash "$here/run.sh" build_chains "$@"
