@@ -44,6 +44,8 @@ def ray_running(settings: RaySettings) -> Iterator[None]:
     if address is None:
         # Ray takes the machine's outward address even where it is told 127.0.0.1, unless clusters are off altogether.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray runs workers at the lowest priority; these are what the driver waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
             # Other users of this machine are not invited either.
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

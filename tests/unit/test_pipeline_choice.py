@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.preferences import choose_pairs, finish_pair, pqp_candidates, prp_candidates
+from data_pipeline.preferences import Brief, choose_pairs, finish_pair, pqp_candidates, prp_candidates
 from data_pipeline.selection import interleave, select_chains
 from data_pipeline.settings import PreferenceSettings
 from tagpr.schema import Chain
@@ -34,6 +34,13 @@ def chain(
         reasoning=reasoning or f"because {answer}.",
         answer=answer,
         verifiable=verifiable,
+    )
+
+
+def brief(*arguments: object, **more: object) -> Brief:
+    full = chain(*arguments, **more)  # type: ignore[arg-type]
+    return Brief.of(
+        full.id, full.example_id, full.task, full.user_id, full.answer, full.verifiable, full.reasoning
     )
 
 
@@ -69,21 +76,21 @@ def test_selection_caps_instances_balances_tasks_and_ignores_arrival_order() -> 
 
 
 def test_prp_prefers_with_profile_and_needs_different_texts() -> None:
-    kept = [chain("r0"), chain("r1", answer="[2]", verifiable=0.0)]
-    without = [chain("n0", answer="[2]", verifiable=0.0), chain("n1", example="other", answer="[2]")]
+    kept = [brief("r0"), brief("r1", answer="[2]", verifiable=0.0)]
+    without = [brief("n0", answer="[2]", verifiable=0.0), brief("n1", example="other", answer="[2]")]
     pairs = prp_candidates(kept, without, None)
     assert [(pair.chosen.id, pair.rejected.id) for pair in pairs] == [("r0", "n0")]
-    better = prp_candidates(kept, [chain("n2", reasoning="luck.")], 0.0)
+    better = prp_candidates(kept, [brief("n2", reasoning="luck.")], 0.0)
     assert [pair.chosen.id for pair in better] == ["r0"]
-    assert len(prp_candidates(kept, [chain("n2", reasoning="luck.")], None)) == 2
+    assert len(prp_candidates(kept, [brief("n2", reasoning="luck.")], None)) == 2
 
 
 def test_pqp_is_ordered_by_r_v_and_ties_are_dropped() -> None:
     chains = [
-        chain("a", "x", 0.5),
-        chain("b", "y", 1.0),
-        chain("c", "z", 0.5),
-        chain("d", "w", 0.9, example="other"),
+        brief("a", "x", 0.5),
+        brief("b", "y", 1.0),
+        brief("c", "z", 0.5),
+        brief("d", "w", 0.9, example="other"),
     ]
     pairs = pqp_candidates(chains, 0.0)
     assert {(pair.chosen.id, pair.rejected.id) for pair in pairs} == {("b", "a"), ("b", "c")}
@@ -102,7 +109,7 @@ def test_last_word_pairs_get_their_share_and_users_take_turns() -> None:
                 ("The shuts", 0.1),
             ]
             chains += [
-                chain(
+                brief(
                     f"{user}-{example}-{words.index(word)}",
                     *word,
                     task="lamp4",
@@ -123,12 +130,13 @@ def test_last_word_pairs_get_their_share_and_users_take_turns() -> None:
 
 
 def test_both_sides_of_a_pair_are_tagged_or_there_is_none() -> None:
-    candidate = pqp_candidates([chain("a", "x", 0.5), chain("b", "y", 1.0)], 0.0)[0]
+    candidate = pqp_candidates([brief("a", "x", 0.5), brief("b", "y", 1.0)], 0.0)[0]
     text = "<analyze_input> because. </analyze_input>"
-    assert finish_pair(candidate, {"a": text}) is None
-    assert finish_pair(candidate, {"b": text}) is None
-    assert finish_pair(candidate, {"b": text, "a": ""}) is None
-    pair = finish_pair(candidate, {"a": text, "b": text})
+    good, bad = chain("b", "y", 1.0), chain("a", "x", 0.5)
+    tagged = [each.model_copy(update={"tagged": text}) for each in (good, bad)]
+    assert finish_pair(candidate, good, tagged[1]) is None
+    assert finish_pair(candidate, tagged[0], bad) is None
+    pair = finish_pair(candidate, *tagged)
     assert pair is not None
     assert (pair.kind, pair.prompt, pair.margin) == ("pqp", "with profile", 0.5)
     assert split_response(pair.chosen).answer == "y"

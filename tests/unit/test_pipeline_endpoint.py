@@ -1,100 +1,70 @@
-"""The client side against a small HTTP server on loopback: what is retried, what stops at once, what is kept."""
+"""Units of work, the ledger in front of them, and the keys."""
 
 import asyncio
 import json
-import logging
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_pipeline import endpoint as endpoint_module
-from data_pipeline.endpoint import Endpoint, Unit, for_each, read_key
-from data_pipeline.ledger import Ledger, Reply
-from data_pipeline.settings import ModelSettings
+from data_pipeline.__main__ import _check_ledger
+from data_pipeline.endpoint import Endpoint, PendingError, Unit, for_each, read_key, stream
+from data_pipeline.ledger import Ledger
+from data_pipeline.settings import ChainSettings, ModelSettings, read_settings
+from tagpr.chat.asking import Asker, RequestRefusedError
+from tagpr.chat.client import Outcome, Reply
+from tagpr.chat.limits import AdaptiveLimit
+from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, StageError
 
-KEY = "canary-key-8d1f"
-OK = {
-    "choices": [{"message": {"content": "hello"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 3, "completion_tokens": 1},
-}
+HELLO = Reply("hello", None, "stop", 3, 0, 1)
 MODEL = ModelSettings(
-    model="m", base_url=None, key_variable="SOME_KEY", revision="", temperature=0.0, top_p=1.0, max_tokens=5, request={},
-    concurrency=4, timeout_s=5.0,
+    model="m", base_url=None, key_variable="SOME_KEY", key_file=None, revision="", temperature=0.0, top_p=1.0, max_tokens=5,
+    request={}, concurrency=4, timeout_s=5.0, structured="none", mode="sync",
 )  # fmt: skip
 
 
 class Fake:
-    """Answers by ``answer(number of the request)``: (status, headers, body)."""
+    """An attempt that answers by ``answer(number of the request)`` and keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.bodies: list[dict[str, object]] = []
-        self.answer: Callable[[int], tuple[int, dict[str, str], str]] = lambda _: (200, {}, json.dumps(OK))
-        fake = self
+        self.bodies: list[Mapping[str, Any]] = []
+        self.answer: Callable[[int], Outcome] = lambda _: Outcome(HELLO, status=200)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                fake.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-                status, headers, text = fake.answer(len(fake.bodies))
-                kind = "application/json" if text.startswith("{") else "text/html"
-                self.send_response(status)
-                for name, value in {
-                    "content-type": kind,
-                    "content-length": str(len(text)),
-                    **headers,
-                }.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_: object) -> None:
-                return
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
+    async def attempt(self, body: Mapping[str, Any]) -> Outcome:
+        self.bodies.append(body)
+        number = len(self.bodies)
+        await asyncio.sleep(0)
+        return self.answer(number)
 
 
 @pytest.fixture
-def fake() -> Iterator[Fake]:
-    server = Fake()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_S", 0.001)
+def fake() -> Fake:
+    return Fake()
 
 
 def ask(
-    url: str, ledger_path: Path, *units: Unit, retries: int = 3, settings: ModelSettings = MODEL
+    fake: Fake, path: Path, *units: Unit, settings: ModelSettings = MODEL, deferred: Any = None
 ) -> tuple[list[Reply], Endpoint]:
     async def work() -> tuple[list[Reply], Endpoint]:
-        with Ledger(ledger_path) as ledger:
-            endpoint = Endpoint("chains.judge", settings, ledger, 0, retries, url, KEY)
-            try:
-                return await for_each("test", units, endpoint.ask, settings.concurrency), endpoint
-            finally:
-                await endpoint.close()
+        with Ledger(path) as ledger:
+            asker = Asker(
+                "chains.judge", fake.attempt, base_url="url", key_variable="SOME_KEY", retries=1, limit=AdaptiveLimit(4)
+            )  # fmt: skip
+            endpoint = Endpoint("judge", settings, ledger, 0, asker, deferred)
+            return await for_each("test", units, endpoint.ask, settings.concurrency), endpoint
 
     return asyncio.run(work())
 
 
 def test_a_reply_is_paid_for_once_however_often_it_is_asked(fake: Fake, tmp_path: Path) -> None:
     units = [Unit("judge", "same"), Unit("judge", "same"), Unit("judge", "same", attempt=1)]
-    replies, _ = ask(fake.url, tmp_path / "l.sqlite", *units)
+    replies, _ = ask(fake, tmp_path / "l.sqlite", *units)
     assert [reply.text for reply in replies] == ["hello"] * 3
     assert len(fake.bodies) == 2
-    _, endpoint = ask(fake.url, tmp_path / "l.sqlite", *units)
+    _, endpoint = ask(fake, tmp_path / "l.sqlite", *units)
     assert len(fake.bodies) == 2
     assert endpoint.counts == {"from_ledger": 3}
 
@@ -102,95 +72,101 @@ def test_a_reply_is_paid_for_once_however_often_it_is_asked(fake: Fake, tmp_path
 def test_what_determines_a_reply_makes_another_unit(fake: Fake, tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     unit = Unit("teacher", "p", sample="s", rollout=0)
-    ask(fake.url, path, unit, Unit("teacher", "p", sample="s", rollout=1), Unit("teacher", "p", sample="t"))
-    ask(fake.url, path, Unit("teacher", "p", sample="s", request={"temperature": 1.0}))
+    ask(fake, path, unit, Unit("teacher", "p", sample="s", rollout=1), Unit("teacher", "p", sample="t"))
+    ask(fake, path, Unit("teacher", "p", sample="s", request={"temperature": 1.0}))
     for change in ({"model": "n"}, {"revision": "2"}, {"max_tokens": 6}, {"request": {"top_k": 20}}):
-        ask(fake.url, path, unit, settings=MODEL.model_copy(update=change))
+        ask(fake, path, unit, settings=MODEL.model_copy(update=change))
     assert len(fake.bodies) == 8
-    ask(fake.url, path, unit, settings=MODEL.model_copy(update={"concurrency": 1, "timeout_s": 9.0}))
+    ask(fake, path, unit, settings=MODEL.model_copy(update={"concurrency": 1, "timeout_s": 9.0}))
     assert len(fake.bodies) == 8
     assert len({(body["seed"]) for body in fake.bodies[:3]}) == 3
 
 
-def test_429_and_500_are_retried_and_counted(fake: Fake, tmp_path: Path) -> None:
-    answers = {
-        1: (429, {"retry-after-ms": "1"}, "{}"),
-        2: (500, {}, "{}"),
-        3: (503, {"retry-after": "0.001"}, "{}"),
-    }
-    fake.answer = lambda number: answers.get(number, (200, {}, json.dumps(OK)))
-    replies, endpoint = ask(fake.url, tmp_path / "l.sqlite", Unit("judge", "p"))
-    assert replies[0].text == "hello"
-    assert endpoint.counts == {
-        "retried_429": 1, "retried_500": 1, "retried_503": 1, "asked": 1, "prompt_tokens": 3, "completion_tokens": 1,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "says"),
-    [
-        (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}, "refuses the key in SOME_KEY"),
-        (403, {"error": {"message": KEY}}, "refuses the key in SOME_KEY"),
-        (404, {"error": {"code": "model_not_found", "message": KEY}}, "model_not_found"),
-        (429, {"error": {"code": "insufficient_quota", "message": KEY}}, "quota"),
-        (200, {"unexpected": True}, "no chat completion"),
-    ],
-)
-def test_what_no_retry_can_mend_stops_at_once(
-    fake: Fake, tmp_path: Path, status: int, body: dict[str, object], says: str
-) -> None:
-    fake.answer = lambda _: (status, {}, json.dumps(body))
-    units = [Unit("judge", str(number)) for number in range(200)]
-    with pytest.raises(StageError, match=says) as error:
-        ask(fake.url, tmp_path / "l.sqlite", *units)
-    assert KEY not in str(error.value)
-    assert "\n" not in str(error.value)
-    assert len(fake.bodies) <= MODEL.concurrency
-
-
-def test_a_web_page_is_no_completion(fake: Fake, tmp_path: Path) -> None:
-    fake.answer = lambda _: (200, {}, "<html>login</html>")
-    with pytest.raises(StageError, match="no chat completion"):
-        ask(fake.url, tmp_path / "l.sqlite", Unit("judge", "p"))
-
-
-def test_an_endpoint_that_is_down_is_named(fake: Fake, tmp_path: Path) -> None:
-    fake.server.shutdown()
-    fake.server.server_close()
-    with pytest.raises(
-        StageError, match=r"^chains.judge.base_url=http://127.0.0.1:\d+/v1: no answer after 3 tries"
-    ):
-        ask(fake.url, tmp_path / "l.sqlite", Unit("judge", "p"), retries=2)
-
-
 def test_what_was_answered_before_a_failure_is_kept(fake: Fake, tmp_path: Path) -> None:
-    fake.answer = lambda number: (200, {}, json.dumps(OK)) if number <= 10 else (401, {}, "{}")
-    with pytest.raises(StageError):
-        ask(fake.url, tmp_path / "l.sqlite", *(Unit("judge", str(number)) for number in range(50)))
+    refused = Outcome(None, "refused_key", 401)
+    fake.answer = lambda number: Outcome(HELLO, status=200) if number <= 10 else refused
+    with pytest.raises(StageError, match="refuses the key in SOME_KEY"):
+        ask(fake, tmp_path / "l.sqlite", *(Unit("judge", str(number)) for number in range(50)))
     with Ledger(tmp_path / "l.sqlite") as ledger:
         assert len(ledger) == 10
+    assert len(fake.bodies) <= 10 + MODEL.concurrency
 
 
-def test_the_key_is_in_no_file_and_no_log(
-    fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_refused_request_is_told_to_all_who_asked_it_and_is_no_reply(fake: Fake, tmp_path: Path) -> None:
+    fake.answer = lambda _: Outcome(None, "bad_request", 400, "context_length_exceeded")
+    refusals = []
+
+    async def one(endpoint: Endpoint) -> None:
+        with pytest.raises(RequestRefusedError, match="context_length_exceeded") as caught:
+            await endpoint.ask(Unit("judge", "too long"))
+        refusals.append(caught.value)
+
+    async def work() -> None:
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            asker = Asker(
+                "chains.judge", fake.attempt, base_url="u", key_variable="K", retries=1, limit=AdaptiveLimit(4)
+            )  # fmt: skip
+            endpoint = Endpoint("judge", MODEL, ledger, 0, asker)
+            await asyncio.gather(one(endpoint), one(endpoint))
+            assert len(ledger) == 0
+
+    asyncio.run(work())
+    assert (len(refusals), len(fake.bodies)) == (2, 1)
+
+
+def test_a_unit_of_a_batch_is_noted_and_not_asked(fake: Fake, tmp_path: Path) -> None:
+    added = []
+
+    class Batch:
+        def add(self, key: str, role: str, body: Mapping[str, Any], **more: Any) -> None:
+            added.append((role, body["messages"], more["kind"], more["noted"]["attempt"]))
+
+    with pytest.raises(PendingError):
+        ask(fake, tmp_path / "l.sqlite", Unit("judge", "p", attempt=1), deferred=Batch())
+    assert added == [("judge", [{"role": "user", "content": "p"}], "judge", 1)]
+    assert fake.bodies == []
+
+
+def test_a_stream_draws_items_only_as_there_is_room_and_ends_at_the_first_error() -> None:
+    drawn, done = [], []
+
+    def items() -> Any:
+        for number in range(1000):
+            drawn.append(number)
+            yield number
+
+    async def work(number: int) -> None:
+        await asyncio.sleep(0)
+        if number == 100:
+            raise StageError("enough")
+        done.append(number)
+
+    with pytest.raises(StageError, match=r"^enough$"):
+        asyncio.run(stream(items(), work, 7))
+    assert len(drawn) - len(done) <= 7
+    assert len(drawn) < 120
+
+
+def test_a_key_comes_from_a_file_or_a_variable_and_errors_name_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG)
-    ask(fake.url, tmp_path / "l.sqlite", Unit("judge", "p"))
-    assert KEY not in caplog.text
-    files = [path for path in tmp_path.iterdir() if path.is_file()]
-    assert files
-    assert all(KEY.encode() not in path.read_bytes() for path in files)
-
-
-def test_a_key_that_is_not_set_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"^chains.judge.key_variable=NO_SUCH_KEY: .* not set"):
-        read_key("chains.judge", "NO_SUCH_KEY")
+        read_key("chains.judge", "NO_SUCH_KEY", None)
+    monkeypatch.setenv("NO_SUCH_KEY", " sk-1 \n")
+    assert read_key("chains.judge", "NO_SUCH_KEY", None) == "sk-1"
+    file = tmp_path / "key"
+    with pytest.raises(ConfigError, match=r"^chains.judge.key_file=.*key: cannot be read"):
+        read_key("chains.judge", "NO_SUCH_KEY", str(file))
+    for bad in ("", "two words", "ключ"):
+        file.write_text(bad)
+        with pytest.raises(ConfigError, match="holds no API key"):
+            read_key("chains.judge", "NO_SUCH_KEY", str(file))
+    file.write_text("sk-2\n")
+    assert read_key("chains.judge", "NO_SUCH_KEY", str(file)) == "sk-2"
 
 
 # ledger
-
-REPLY = Reply("text", None, "stop", 1, 2)
 
 
 def test_only_one_run_may_use_a_ledger(tmp_path: Path) -> None:
@@ -200,21 +176,83 @@ def test_only_one_run_may_use_a_ledger(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_ledger_or_of_another_layout_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     path.write_bytes(b"not a database, but long enough to be looked at" * 50)
     with pytest.raises(StageError, match="SQLite cannot use this file"):
         Ledger(path)
     assert path.read_bytes().startswith(b"not a database")
+    old = tmp_path / "old.sqlite"
+    with sqlite3.connect(old) as database:
+        database.execute("PRAGMA user_version=1")
+    for _ in range(2):
+        with pytest.raises(
+            StageError, match=r"is a ledger of layout 1, this version reads 2. Set chains.ledger"
+        ):
+            Ledger(old)
 
 
 def test_rows_are_durable_after_commit_and_totals_add_up(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        ledger.record("k", "judge", "m", {"seed": 1}, REPLY)
+        ledger.record("k", "judge", "m", {"seed": 1}, HELLO)
         assert ledger.get("k") is None
         ledger.commit()
-        assert ledger.get("k") == REPLY
-        assert ledger.totals() == {"judge": {"replies": 1, "prompt_tokens": 1, "completion_tokens": 2}}
+        assert ledger.get("k") == HELLO
+        ledger.record("l", "judge", "m", {"seed": 2}, HELLO, batch=True)
+        ledger.commit()
+        assert ledger.totals() == {
+            "judge": {"replies": 2, "prompt_tokens": 6, "cached_prompt_tokens": 0, "completion_tokens": 2}
+        }
+        assert [row.batch for row in ledger.spent()] == [False, True]
     assert (tmp_path / "l.sqlite").stat().st_mode & 0o077 == 0
     with sqlite3.connect(tmp_path / "l.sqlite") as database:
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_full_disk_is_one_line_and_what_was_committed_is_kept(fake: Fake, tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    fake.answer = lambda _: Outcome(Reply("x" * 20_000, None, "stop", 3, 0, 1), status=200)
+
+    async def work() -> None:
+        with Ledger(path) as ledger:
+            ledger._database.execute("PRAGMA max_page_count=60")
+            asker = Asker(
+                "chains.judge", fake.attempt, base_url="u", key_variable="K", retries=1, limit=AdaptiveLimit(4)
+            )  # fmt: skip
+            endpoint = Endpoint("judge", MODEL, ledger, 0, asker)
+            await for_each("test", [Unit("judge", str(number)) for number in range(50)], endpoint.ask, 4)
+
+    with pytest.raises(
+        StageError, match=r"l.sqlite: SQLite cannot use this file \(database or disk is full\)"
+    ):
+        asyncio.run(work())
+    with Ledger(path) as ledger:
+        kept = len(ledger)
+        assert 0 < kept < 50
+    asked = len(fake.bodies)
+    assert asked - kept <= 2 * MODEL.concurrency
+    ask(fake, path, *(Unit("judge", str(number)) for number in range(50)))
+    assert len(fake.bodies) - asked == 50 - kept
+
+
+def settings(*overrides: str) -> ChainSettings:
+    return read_settings(resolve(compose("build_chains", ["setting=paper", *overrides])))
+
+
+def test_a_ledger_of_other_settings_is_refused_before_it_is_paid_for_again(tmp_path: Path) -> None:
+    before = {"judge": {"chains.judge.model": "gpt-4o"}, "teacher": {}, "tagger": {}}
+    now = {**before, "judge": {"chains.judge.model": "gpt-5"}}
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        _check_ledger(ledger, before, settings())
+        _check_ledger(ledger, now, settings())  # nothing was paid for yet
+        _check_ledger(ledger, before, settings())
+        ledger.record("k", "judge", "gpt-4o", {}, HELLO)
+        ledger.commit()
+        with pytest.raises(
+            StageError,
+            match=r"its 1 judge replies were paid for with chains.judge.model=gpt-4o, this run has gpt-5",
+        ):
+            _check_ledger(ledger, now, settings())
+        _check_ledger(ledger, before, settings())
+        _check_ledger(ledger, now, settings("chains.extend_ledger=true"))
+        assert json.loads(ledger.note("paid_for") or "")["judge"] == now["judge"]

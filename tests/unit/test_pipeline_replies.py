@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from data_pipeline.judge import DIMENSIONS, parse_verdict
 from data_pipeline.judge import PROMPT_FIELDS as JUDGE_FIELDS
-from data_pipeline.ledger import Reply
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.tagging import PROMPT_FIELDS as TAGGING_FIELDS
 from data_pipeline.tagging import accept_tagged, definitions_text, example_text
 from data_pipeline.teacher import read_rollout
+from tagpr.chat.client import Reply
 from tagpr.errors import ConfigError
 from tagpr.tags import check_tags, strip_tags
 from tagpr.vocabulary import DEFINITIONS
@@ -216,9 +216,9 @@ def test_whatever_is_accepted_gives_the_source_back(parts: list[tuple[str, str]]
 
 
 def test_the_opened_think_is_restored() -> None:
-    cut = read_rollout(Reply("step.\n</think>\n\n[1]", None, "stop", 0, 0))
-    whole = read_rollout(Reply("<think>\nstep.\n</think>\n\n[1]", None, "stop", 0, 0))
-    beside = read_rollout(Reply("[1]", "step.", "stop", 0, 0))
+    cut = read_rollout(Reply("step.\n</think>\n\n[1]", None, "stop", 0, 0, 0))
+    whole = read_rollout(Reply("<think>\nstep.\n</think>\n\n[1]", None, "stop", 0, 0, 0))
+    beside = read_rollout(Reply("[1]", "step.", "stop", 0, 0, 0))
     assert cut == whole == beside
     assert (cut.reasoning, cut.answer, cut.problem) == ("step.", "[1]", "")
 
@@ -234,4 +234,4 @@ def test_the_opened_think_is_restored() -> None:
     ],
 )
 def test_an_unusable_reply_is_named(text: str, finish_reason: str, problem: str) -> None:
-    assert read_rollout(Reply(text, None, finish_reason, 0, 0)).problem == problem
+    assert read_rollout(Reply(text, None, finish_reason, 0, 0, 0)).problem == problem
