@@ -1,5 +1,6 @@
 """Where each benchmark's raw files are, where they come from, and how their rows are read: one class a benchmark."""
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ LAMP_ROWS: dict[str, dict[Split, int]] = {
     "lamp5": {"train": 14682, "dev": 1500},
     "lamp7": {"train": 13437, "dev": 1498},
 }
+
+# As the hub numbers the files of a split: train-00000-of-00007.parquet.
+_PARTS = re.compile(r"-\d{5}-of-(\d{5})\.")
 
 Place = tuple[str, Split]
 
@@ -167,8 +171,13 @@ class LongLamp(Source):
             )
 
     def files(self, task: str, split: Split) -> Sequence[Path]:
-        """Parquet files as on the hub."""
-        return longlamp.split_files(self.folder, task, split, self.setting)
+        """Parquet files as on the hub; where their names say how many there are, all of them."""
+        found = longlamp.split_files(self.folder, task, split, self.setting)
+        parts = [int(match[1]) for path in found if (match := _PARTS.search(path.name))]
+        # A download that was killed between two parts must not pass for the whole split.
+        if parts and len(found) < max(parts):
+            raise DataError(f"{found[0].parent}: {len(found)} of {max(parts)} files of {split} are there.")
+        return found
 
     def rows(self, task: str, split: Split, counts: Counter[str]) -> Iterator[Example]:
         """All rows, of the test split a random share (S37)."""

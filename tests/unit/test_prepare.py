@@ -351,6 +351,15 @@ def test_longlamp_takes_a_tenth_of_the_test_split(tmp_path: Path) -> None:
     assert {split: row["rows"] for split, row in counts.items()} == {"train": 50, "dev": 50, "test": 5}
     assert (made.notes["settings"]["test_share"], made.notes["settings"]["seed"]) == (0.1, 0)
     assert len(made.inputs) == 3
+    # One of two files is not the split.
+    (folder / "train-00000-of-00001.parquet").rename(folder / "train-00000-of-00002.parquet")
+    overrides = [
+        "benchmark=longlamp",
+        "benchmark.tasks=[longlamp_topic]",
+        "prepare_data.download.enabled=false",
+    ]
+    with pytest.raises(DataError, match=r"lacks topic_writing_temporal/train-\*\.parquet"):
+        prepared(tmp_path, *overrides)
 
 
 def test_dianping_is_built_from_posts(tmp_path: Path) -> None:
