@@ -144,9 +144,8 @@ def generation_of(
         response = rendering.response_text(completion.text)
         ids = rendering.response_ids(completion.text)
     tokens = len(ids) if completion.response_tokens is None else completion.response_tokens
-    reasoning_tokens = completion.reasoning_tokens
-    if reasoning_tokens is None:
-        reasoning_tokens = rendering.reasoning_tokens(response, tokens)
+    # Servers without a reasoning parser report 0 of what stands in the text.
+    reasoning_tokens = completion.reasoning_tokens or rendering.reasoning_tokens(response, tokens)
     return Generation(
         id=id_,
         task=example.task,

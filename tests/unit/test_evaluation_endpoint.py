@@ -199,6 +199,22 @@ def test_refused_rows_are_named_and_the_others_answered(
     assert set(file.unanswered) == {("r7", None)}
 
 
+def test_reasoning_tokens_are_the_endpoint_s_where_it_says_so_and_counted_where_not(tmp_path: Path) -> None:
+    async def reports(body: dict[str, Any]) -> Reply:
+        reply = completion(TEXT)
+        number = {"r0.": 123, "r1.": 0}.get(body["messages"][0]["content"].split()[1])
+        if number is not None:
+            reply["usage"]["completion_tokens_details"] = {"reasoning_tokens": number}
+        return 200, reply
+
+    path = tmp_path / "gpt.jsonl"
+    with FaultyEndpoint(reports) as endpoint:
+        evaluate(path, endpoint.url, 3)
+    found = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    assert {id_: row["reasoning_tokens"] for id_, row in found.items()} == {"r0": 123, "r1": 5, "r2": 5}
+    assert {row["response_tokens"] for row in found.values()} == {5}
+
+
 def test_thinking_that_the_template_opens_is_pointed_out_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
