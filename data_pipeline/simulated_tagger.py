@@ -164,20 +164,22 @@ def _kinds(numbered: str) -> list[str]:
 
 
 def _by_kind(definitions: str) -> dict[str, str]:
-    """Kind of step -> listed tag."""
+    """Kind of step -> listed tag: of the kind's own name, or one that this tagger itself would use for it, or the likest."""
     listed = dict(_LISTED.findall(definitions))
     if not listed:
         raise DataError("prompt: lists no tags.")
-    return {
-        kind: kind
-        if kind in listed
-        else max(listed, key=lambda tag: _likeness(f"{kind} {does}", f"{tag} {listed[tag]}"))
-        for kind, does in DEFINITIONS.items()
-    }
 
+    def best(kind: str) -> str:
+        wording = f"{kind} {DEFINITIONS[kind]}".replace("_", " ")
 
-def _likeness(one: str, other: str) -> float:
-    return fuzz.token_set_ratio(one.replace("_", " ").lower(), other.replace("_", " ").lower())
+        def fit(tag: str) -> tuple[bool, bool, float]:
+            words = tag.replace("_", " ").lower()
+            likeness = fuzz.token_set_ratio(wording, f"{words} {listed[tag]}")
+            return tag == kind, words in FREE_TAGS[kind], likeness
+
+        return max(listed, key=fit)
+
+    return {kind: best(kind) for kind in DEFINITIONS}
 
 
 def _spoil(line: str, fault: str) -> str:

@@ -231,11 +231,10 @@ def _letters(text: str) -> str:
 
 def span_reply_model() -> type[BaseModel]:
     """Shape of a span reply for the server: as :class:`SpanReply`, with the tags in use as the only ones."""
-    names = tuple(vocabulary())
-    span = create_model(
-        "Segment", __base__=Span, tag=(Literal[names], Field(description="what the segment does"))
-    )
-    return create_model("Segments", __config__=ConfigDict(extra="forbid"), segments=(list[span], ...))  # type: ignore[valid-type]
+    tag: Any = (Literal[tuple(vocabulary())], Field(description="what the segment does"))
+    span: Any = create_model("Segment", __base__=Span, tag=tag)
+    segments: Any = (list[span], ...)
+    return create_model("Segments", __config__=ConfigDict(extra="forbid"), segments=segments)
 
 
 def definitions_text() -> str:
