@@ -72,11 +72,12 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that the card says; ``rows`` and ``bytes`` are per configuration, ``tasks`` are name -> title."""
+    """Everything that the card says; rows, files and columns are by configuration, ``tasks`` are name -> title."""
 
     manifest: Manifest
     funnel: Mapping[str, Any]
     rows: Mapping[str, int]
+    files: Mapping[str, str]
     columns: Mapping[str, Sequence[str]]
     tasks: Mapping[str, str]
     tags: Mapping[str, str]
@@ -144,7 +145,7 @@ def _head(facts: Facts, title: str, license: str, found: Sequence[Source]) -> st
     configs = [
         {
             "config_name": name,
-            "data_files": [{"split": "train", "path": f"data/{name}/train-*.parquet"}],
+            "data_files": [{"split": "train", "path": facts.files[name]}],
             **({"default": True} if name == "sft" else {}),
         }
         for name in facts.rows

@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from data_pipeline.card import CONFIGS, Facts, dataset_card, license_id, sources
+from data_pipeline.card import Facts, dataset_card, license_id, sources
 from data_pipeline.finished import (
     REMEDY,
     check_unchanged,
@@ -36,7 +36,7 @@ from tagpr.benchmarks.tasks import get_task
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.runs import check_tags_of, file_hash, write_text_atomically
-from tagpr.schema import Manifest
+from tagpr.schema import Manifest, PreferencePair
 from tagpr.vocabulary import vocabulary
 
 logger = logging.getLogger("data_pipeline")
@@ -46,10 +46,9 @@ CHAIN_FEATURES = datasets.Features(
     dict.fromkeys(("id", "example_id", "task", "user_id", "prompt", "response", "gold"), _TEXT)
     | {"judge_scores": datasets.List(datasets.Value("int8"))}
 )
-PAIR_FEATURES = datasets.Features(
-    dict.fromkeys(("id", "kind", "task", "user_id", "prompt", "chosen", "rejected"), _TEXT)
-    | {"margin": datasets.Value("float64")}
-)
+# Whatever a pair says of itself is published; all of it is text but for these.
+_NO_TEXT = {"margin": datasets.Value("float64"), "chains": datasets.List(_TEXT)}
+PAIR_FEATURES = datasets.Features({name: _NO_TEXT.get(name, _TEXT) for name in PreferencePair.model_fields})
 FEATURES = {"sft": CHAIN_FEATURES, "prp": PAIR_FEATURES, "pqp": PAIR_FEATURES}
 # Rows in a row group: what a reader holds in memory at a time.
 _GROUP_ROWS = 500
@@ -103,6 +102,10 @@ def run(config: DictConfig) -> None:
     license = license_id(settings.license, found)
     title = settings.title or f"TagPR chains on {', '.join(source.title for source in found)}"
     write_text_atomically(folder / "README.md", dataset_card(facts, title, license, found))
+    # Only now does nothing name the older files any more.
+    for path in folder.glob("data/*/train-*.parquet"):
+        if str(path.relative_to(folder)) not in facts.files.values():
+            path.unlink()
     rows = ", ".join(f"{name} {number:,}" for name, number in facts.rows.items())
     logger.info(
         '%s: %s rows, licence %s%s; read it with datasets.load_dataset("%s")',
@@ -156,7 +159,7 @@ def read_token(token_file: str | None) -> str:
 
 
 def write_data(chains: Path, folder: Path, manifest: Manifest, review: dict[str, Any] | None) -> Facts:
-    """Write ``data/<configuration>/train-*.parquet`` and return what the card is to say of them.
+    """Write ``data/<configuration>/train-<hash>.parquet`` and return what the card is to say of them.
 
     Raises:
         StageError: the chains were made before manifests said of which data.
@@ -166,13 +169,11 @@ def write_data(chains: Path, folder: Path, manifest: Manifest, review: dict[str,
         raise StageError(
             f"{chains / 'manifest.json'}: does not say of which benchmark the chains are, so nobody knows their licence. {REMEDY}"
         )
-    rows = {"sft": _write(folder, "sft", _chain_rows(chains))}
+    written = {"sft": _write(folder, "sft", _chain_rows(chains))}
     for kind in ("prp", "pqp"):
-        number = _write(folder, kind, (pair.model_dump() for pair in iterate_pairs(chains, kind)))
-        if number:
-            rows[kind] = number
-        else:  # datasets can't read a configuration without rows
-            _file(folder, kind).unlink()
+        pairs = _write(folder, kind, (pair.model_dump() for pair in iterate_pairs(chains, kind)))
+        if pairs[1]:  # datasets can't read a configuration without rows
+            written[kind] = pairs
     tasks = sorted({task for (task,) in sft_column(chains, "task")})
     try:
         funnel = json.loads((chains / "funnel.json").read_text(encoding="utf-8"))
@@ -183,8 +184,9 @@ def write_data(chains: Path, folder: Path, manifest: Manifest, review: dict[str,
     return Facts(
         manifest=manifest,
         funnel=funnel,
-        rows={name: rows[name] for name in CONFIGS if name in rows},
-        columns={name: list(FEATURES[name]) for name in rows},
+        rows={name: number for name, (_, number) in written.items()},
+        files={name: str(path.relative_to(folder)) for name, (path, _) in written.items()},
+        columns={name: list(FEATURES[name]) for name in written},
         tasks={task: get_task(task).title for task in tasks},
         tags=vocabulary(),
         review=review,
@@ -196,30 +198,31 @@ def _chain_rows(chains: Path) -> Iterator[dict[str, Any]]:
         yield {name: getattr(chain, name) for name in CHAIN_FEATURES}
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / "data" / name / "train-00000-of-00001.parquet"
+def _write(folder: Path, name: str, rows: Iterable[dict[str, Any]]) -> tuple[Path, int]:
+    """Write one configuration with the types that ``datasets`` will see; returns the file and its rows.
 
-
-def _write(folder: Path, name: str, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one configuration with the types that ``datasets`` will see; returns its rows."""
+    The file's name holds a hash of its content: ``datasets`` caches a local folder by its last name and the names of its files,
+    and would go on giving out the rows of the last version, or of another folder.
+    """
     schema = FEATURES[name].arrow_schema
-    path = _file(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    place = folder / "data" / name
+    place.mkdir(parents=True, exist_ok=True)
+    partial = place / f".train.parquet.{os.getpid()}"
     rows, number = iter(rows), 0
     try:
         with pq.ParquetWriter(partial, schema) as writer:
             while group := list(islice(rows, _GROUP_ROWS)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
                 number += len(group)
+        path = place / f"train-{file_hash(partial)[:16]}.parquet"
         partial.replace(path)
     except OSError as error:
         raise StageError(
-            f"{path}: cannot be written ({error.strerror or error}). Make room, or set run.outputs."
+            f"{place}: cannot be written ({error.strerror or error}). Make room, or set run.outputs."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-    return number
+    return path, number
 
 
 def _review(settings: PublishSettings, chains: Path, manifest: Manifest) -> dict[str, Any] | None:

@@ -81,9 +81,24 @@ def test_without_pairs_there_is_no_such_configuration(folder: Path) -> None:
     write_finished(folder / "chains", pairs=0)
     card = run(folder)
     assert [each["config_name"] for each in head(card)["configs"]] == ["sft"]
-    assert sorted(path.name for path in (folder / "dataset/data").glob("*/*")) == [
-        "train-00000-of-00001.parquet"
-    ]
+    assert [path.parent.name for path in (folder / "dataset/data").glob("*/*")] == ["sft"]
+
+
+def test_the_cache_of_datasets_does_not_give_out_older_rows(folder: Path) -> None:
+    import datasets
+
+    def loaded() -> list[str]:
+        rows = datasets.load_dataset(str(folder / "dataset"), split="train", cache_dir=str(folder / "cache"))
+        return [str(row["response"]) for row in rows]
+
+    run(folder)
+    before = loaded()
+    write_finished(folder / "chains", per_task=8, text="now about a lens")
+    run(folder)
+    after = loaded()
+    assert len(after) == len(before)
+    assert all("lens" in response for response in after)
+    assert len(list((folder / "dataset/data/sft").iterdir())) == 1
 
 
 def test_a_file_that_changed_after_the_run_is_refused(folder: Path) -> None:
@@ -270,7 +285,7 @@ def test_pushing_is_private_and_uploads_card_and_data_only(
         if path.is_file()
     ]
     assert sorted(filter_repo_objects(files, allow_patterns=sent["allow_patterns"])) == [
-        "README.md", *(f"data/{name}/train-00000-of-00001.parquet" for name in ("pqp", "prp", "sft")),
+        "README.md", *sorted(str(path.relative_to(folder / "dataset")) for path in (folder / "dataset/data").glob("*/*")),
     ]  # fmt: skip
     assert all(b"hf_canary" not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert "hf_canary" not in caplog.text
