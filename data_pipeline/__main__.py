@@ -71,6 +71,8 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     check_thresholds(settings.accuracy, tasks)
     if settings.endpoint == "simulated":
         settings = _label_simulated(settings)
+    if in_this_job(settings, "teacher"):
+        settings = _own_teacher(settings)
     prompts = Prompts.load(settings)
     if settings.ray.submit is not None:
         cluster.submit(settings.ray.submit, [*overrides, *_absolute(config)])
@@ -413,6 +415,17 @@ def _label_simulated(settings: ChainSettings) -> ChainSettings:
             if not in_this_job(settings, role)
         }
     )
+
+
+def _own_teacher(settings: ChainSettings) -> ChainSettings:
+    """With a vLLM teacher: its weights become part of what determines its replies."""
+    # Slow to import (vLLM), and only there with a vLLM of one's own.
+    from data_pipeline.replicas import check_request, weights_revision
+
+    teacher = settings.teacher
+    check_request(teacher, settings.preferences.extra_request)
+    revision = " ".join(filter(None, (teacher.revision, weights_revision(teacher.model))))
+    return settings.model_copy(update={"teacher": teacher.model_copy(update={"revision": revision})})
 
 
 def _key(role: str, settings: ChainSettings) -> str:
