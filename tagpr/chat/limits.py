@@ -20,12 +20,18 @@ class AdaptiveLimit:
     ``async with limit as era:`` takes a place; :meth:`throttled` halves the size, once for all the requests that were sent
     before it did (they share an era), and lets nobody in until ``Retry-After`` has passed. :meth:`succeeded` lets it grow,
     never above ``ceiling``. It starts at the ceiling: that is what the user expects the server to bear.
+
+    ``ahead`` more are let in while the size is the ceiling: for requests that wait in a worker with as many connections
+    as the ceiling, so that none of these is ever idle while replies travel to the driver and new requests back.
     """
 
-    def __init__(self, ceiling: int, floor: int = 1) -> None:
-        if not 1 <= floor <= ceiling:
-            raise ValueError(f"ceiling={ceiling}, floor={floor}: 1 <= floor <= ceiling is needed")
+    def __init__(self, ceiling: int, floor: int = 1, ahead: int = 0) -> None:
+        if not 1 <= floor <= ceiling or ahead < 0:
+            raise ValueError(
+                f"ceiling={ceiling}, floor={floor}, ahead={ahead}: 1 <= floor <= ceiling, ahead >= 0"
+            )
         self.ceiling = ceiling
+        self.ahead = ahead
         self.floor = floor
         self.in_flight = 0
         self.throttles = 0
@@ -91,7 +97,8 @@ class AdaptiveLimit:
         self._wake()
 
     def _free(self) -> bool:
-        return self.in_flight < self.size and asyncio.get_running_loop().time() >= self._open_at
+        room = self.size + (self.ahead if self._size >= self.ceiling else 0)
+        return self.in_flight < room and asyncio.get_running_loop().time() >= self._open_at
 
     def _release(self) -> None:
         self.in_flight -= 1

@@ -79,8 +79,8 @@ async def drive(url: str, units: int, folder: Path, workers: int) -> dict[str, f
             base_url=f"{url}/v1",
             key_variable=None,
             retries=6,
-            # As the job does it: what is on its way between driver and worker is not at the endpoint.
-            limit=AdaptiveLimit(CONCURRENCY + CONCURRENCY // 10),
+            # As the job does it: the worker always has a request for a connection that becomes free.
+            limit=AdaptiveLimit(CONCURRENCY, ahead=CONCURRENCY),
         )
         with Ledger(folder / "ledger.sqlite") as ledger:
             asked = Endpoint("teacher", model, ledger, 0, asker)
@@ -90,7 +90,7 @@ async def drive(url: str, units: int, folder: Path, workers: int) -> dict[str, f
 
             await one(-1)  # the worker is there, and connected
             started, cpu = time.monotonic(), time.process_time()
-            await stream(iter(range(units)), one, 2 * CONCURRENCY)
+            await stream(iter(range(units)), one, 3 * CONCURRENCY)
             took, cpu = time.monotonic() - started, time.process_time() - cpu
             assert len(ledger) == units + 1
         return {"seconds": took, "driver_cpu_ms": cpu / units * 1e3, "retried": asker.counts["retried_429"]}

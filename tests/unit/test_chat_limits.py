@@ -153,3 +153,25 @@ def test_who_is_cancelled_while_waiting_leaves_no_place_taken() -> None:
 def test_a_floor_above_the_ceiling_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="floor"):
         AdaptiveLimit(2, floor=3)
+
+
+def test_those_ahead_are_let_in_until_the_server_objects() -> None:
+    async def work() -> None:
+        limit = AdaptiveLimit(10, ahead=5)
+        for _ in range(15):
+            async with asyncio.timeout(1):
+                era = await limit.__aenter__()
+        late = asyncio.create_task(limit.__aenter__())
+        await asyncio.sleep(0)
+        assert not late.done()
+        limit.throttled(era)
+        assert limit.size == 5
+        for _ in range(10):
+            await limit.__aexit__(None, None, None)
+            await asyncio.sleep(0)
+            assert not late.done()
+        await limit.__aexit__(None, None, None)
+        await asyncio.sleep(0)
+        assert late.done()
+
+    asyncio.run(work())
