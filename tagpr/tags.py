@@ -10,13 +10,14 @@ Every function runs in time linear in the text: a back-reference regex such as `
 seconds on a few hundred adversarial characters, and the policy writes what it likes.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from tagpr.errors import ConfigError, DataError
-from tagpr.vocabulary import CHAT_MARKUP, name_problem
+from tagpr.vocabulary import CHAT_MARKUP, VARIABLE, name_problem
 from tagpr.vocabulary import vocabulary as vocabulary
 from tagpr.vocabulary import vocabulary_hash as vocabulary_hash
 
@@ -63,7 +64,13 @@ class _Known:
 
 def _known(tags: Iterable[str] | None) -> _Known:
     """``None`` is the vocabulary in use, which an environment variable can change: no default argument holds it."""
-    return _compiled(tuple(vocabulary() if tags is None else tags))
+    return _in_use(os.environ.get(VARIABLE)) if tags is None else _compiled(tuple(tags))
+
+
+@lru_cache(maxsize=8)
+def _in_use(path: str | None) -> _Known:
+    """Of the file that the variable names. Looked up by its path: the reward asks several times a response."""
+    return _compiled(tuple(vocabulary()))
 
 
 @lru_cache(maxsize=64)
