@@ -64,6 +64,13 @@ class Candidate:
         chosen, rejected = self.chosen.answer.split(), self.rejected.answer.split()
         return len(chosen) > 1 and chosen[:-1] == rejected[:-1] and chosen[-1:] != rejected[-1:]
 
+    @property
+    def rule(self) -> str:
+        """Why the first is preferred, for the pair's record."""
+        if self.kind == "prp":
+            return "made with the profile"
+        return "better by R_v in the last word" if self.last_word_only else "better by R_v"
+
 
 def prp_candidates(
     kept: Sequence[Brief], without_profile: Sequence[Brief], minimum_gain: float | None
@@ -150,4 +157,6 @@ def finish_pair(candidate: Candidate, chosen: Chain, rejected: Chain) -> Prefere
         chosen=format_response(chosen.tagged, chosen.answer),
         rejected=format_response(rejected.tagged, rejected.answer),
         margin=candidate.margin,
+        rule=candidate.rule,
+        chains=(chosen.id, rejected.id),
     )

@@ -1,4 +1,4 @@
-"""Preference pairs: reading, holding out by user and by prompt, accuracy by group (S15, S16, S19)."""
+"""Preference pairs: reading, holding out by user and by prompt (S15, S16, S19)."""
 
 import random
 from collections import defaultdict
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tagpr.benchmarks.tasks import all_tasks
 from tagpr.errors import DataError, StageError
 from tagpr.schema import PreferencePair
 
@@ -102,19 +101,3 @@ def split_pairs(
         else:
             train += prompts[user, prompt]
     return Split(train, seen, [pair for pair in pairs if pair.user_id in unseen])
-
-
-def accuracy_by_group(
-    pairs: Sequence[PreferencePair], margins: Sequence[float]
-) -> dict[str, tuple[float, int]]:
-    """Share of pairs whose chosen response has the higher logit, and their number, by group of pairs.
-
-    Groups: ``all``, the kind (``prp``), the kind of task (``generation``), both (``prp/generation``).
-    """
-    hits: dict[str, list[bool]] = defaultdict(list)
-    tasks = all_tasks()
-    for pair, margin in zip(pairs, margins, strict=True):
-        task = tasks[pair.task].kind if pair.task in tasks else pair.task
-        for group in ("all", pair.kind, task, f"{pair.kind}/{task}"):
-            hits[group].append(margin > 0)
-    return {group: (sum(right) / len(right), len(right)) for group, right in sorted(hits.items())}

@@ -1,6 +1,5 @@
 """PRMU's training: what is held out, what a step does, and that user rows learn what only the user decides."""
 
-import io
 import json
 import math
 import random
@@ -15,9 +14,12 @@ from prmu_tiny import make_base
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.prmu import train as stage
+from tagpr.prmu.figures import figures, figures_by_group
 from tagpr.prmu.model import load
-from tagpr.prmu.pairs import accuracy_by_group, pair_files, read_pairs, split_pairs
-from tagpr.prmu.train import EncodedPair, bucketed_batches, encode_pairs, pair_margins
+from tagpr.prmu.packing import EncodedPair
+from tagpr.prmu.pairs import pair_files, read_pairs, split_pairs
+from tagpr.prmu.train import bucketed_batches, encode_pairs, pair_margins
+from tagpr.runs import MetricsLog
 from tagpr.schema import PreferencePair
 
 
@@ -88,14 +90,33 @@ def test_a_users_last_prompt_is_never_held_out() -> None:
     assert (len(split.train), split.seen_users, split.unseen_users) == (10, [], [])
 
 
-def test_accuracy_by_kind_and_task() -> None:
-    pairs = [pair(0, "a"), pair(1, "a", kind="prp"), pair(2, "a", task="lamp1"), pair(3, "a", task="other")]
-    found = accuracy_by_group(pairs, [1.0, -1.0, 0.5, 0.0])
+def test_accuracy_by_kind_task_and_rule() -> None:
+    pairs = [
+        pair(0, "a"),
+        pair(1, "a", kind="prp", rule="x"),
+        pair(2, "a", task="lamp1"),
+        pair(3, "a", task="other"),
+    ]
+    found = {
+        name: (one.accuracy, one.pairs)
+        for name, one in figures_by_group(pairs, [1.0, -1.0, 0.5, 0.0]).items()
+    }
     assert found["all"] == (0.5, 4)
     assert found["pqp"] == (2 / 3, 3)
-    assert found["generation"] == (0.5, 2)
+    assert found["generation"] == found["lamp4"] == (0.5, 2)
     assert found["pqp/classification"] == (1.0, 1)
+    assert found["rule x"] == (0.0, 1)
     assert found["other"] == (0.0, 1), "a tie is no success"
+
+
+def test_calibration_on_known_margins() -> None:
+    """Four pairs at a confidence of 0.88, three of them right; two at 0.5, one of them right."""
+    sure = math.log(0.88 / 0.12)
+    found = figures([sure, sure, sure, -sure, 1e-9, -1e-9])
+    assert found.ece == pytest.approx((4 * abs(0.88 - 0.75) + 2 * 0.0) / 6)
+    assert [(one.pairs, one.accuracy) for one in found.bins] == [(2, 0.5), (4, 0.75)]
+    assert found.margin == pytest.approx(2 * sure / 6)
+    assert math.isfinite(figures([-1e6, 1e6]).ece)
 
 
 def test_batches_contain_every_pair_once_and_similar_lengths() -> None:
@@ -171,23 +192,20 @@ def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
 ) -> None:
     settings = configure(
         "train_prmu.epochs=1", "train_prmu.id_dropout=0.0", "train_prmu.weight_decay=0.5",
-        "train_prmu.row_learning_rate=4e-3", "train_prmu.warmup=0.0",
+        "train_prmu.row_learning_rate=4e-3", "train_prmu.embedding_learning_rate=2e-3", "train_prmu.warmup=0.0",
     ).train_prmu  # fmt: skip
-    model, tokenizer, users = stage.prmu_model.build(
-        str(base), ["ann", "bob"], row_std=0.3, max_tokens=64, seed=0
-    )
-    prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
-    table = model.get_input_embeddings().weight
-    before = table.detach().clone()
+    training = stage.prepare(settings, ["ann", "bob"], 0)
+    model, tokenizer, users = training.prmu.model, training.prmu.tokenizer, training.prmu.encoder.users
+    table, rows = model.get_input_embeddings().weight, training.rows.rows
+    assert len(table) == users.unknown_row
+    before, rows_before = table.detach().clone(), rows.clone()
     norm_before = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().norm()
-    with (tmp_path / "metrics").open("w") as metrics:
-        assert stage.train(prmu, [pair(i, "ann") for i in range(8)], settings, 0, metrics) == 1
-    moved = (table.detach() - before).abs()
-    rows = users.rows
-    assert moved[rows["bob"]].max() == 0
-    assert moved[users.unknown_row].max() == 0
+    assert stage.train(training, [pair(i, "ann") for i in range(8)], settings, 0) == 1
+    moved, rows_moved = (table.detach() - before).abs(), (rows - rows_before).abs()
+    assert rows_moved[users.rows["bob"] - users.unknown_row].max() == 0
+    assert rows_moved[0].max() == 0
     # AdamW's first step moves every coordinate by its rate: 4e-3 in the row, 2e-3 in the words beside it.
-    assert moved[rows["ann"]].median() == pytest.approx(4e-3, rel=0.05)
+    assert rows_moved[users.rows["ann"] - users.unknown_row].median() == pytest.approx(4e-3, rel=0.05)
     word = tokenizer.encode("boats", add_special_tokens=False)[0]
     assert moved[word].median() == pytest.approx(2e-3, rel=0.05)
     untouched = tokenizer.encode("Z", add_special_tokens=False)[0]
@@ -195,37 +213,87 @@ def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").norm() != norm_before
 
 
-def test_dropped_ids_train_the_unknown_row(tmp_path: Path, configure: Callable[..., Any], base: Path) -> None:
+def test_dropped_ids_train_the_unknown_row(configure: Callable[..., Any]) -> None:
     settings = configure("train_prmu.epochs=1", "train_prmu.id_dropout=0.5").train_prmu
-    model, tokenizer, users = stage.prmu_model.build(str(base), ["ann"], row_std=0.3, max_tokens=64, seed=0)
-    prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
-    rows = model.get_input_embeddings().weight.detach()[users.unknown_row : users.end]
-    before = rows.clone()
-    stage.train(prmu, [pair(i, "ann") for i in range(16)], settings, 0, io.StringIO())
-    assert ((rows - before).abs().max(dim=1).values > 0).all(), (
+    training = stage.prepare(settings, ["ann"], 0)
+    before = training.rows.rows.clone()
+    stage.train(training, [pair(i, "ann") for i in range(16)], settings, 0)
+    assert ((training.rows.rows - before).abs().max(dim=1).values > 0).all(), (
         "both the unknown row and the user's have moved"
     )
 
 
+def test_frozen_rows_stay_and_without_rows_everybody_is_unknown(configure: Callable[..., Any]) -> None:
+    settings = configure("train_prmu.epochs=1", "train_prmu.user_rows=frozen").train_prmu
+    training = stage.prepare(settings, ["ann"], 0)
+    before = training.rows.rows.clone()
+    head = training.prmu.model.get_parameter("score.weight").detach().clone()
+    stage.train(training, [pair(i, "ann") for i in range(16)], settings, 0)
+    assert torch.equal(training.rows.rows, before)
+    assert not torch.equal(training.prmu.model.get_parameter("score.weight"), head)
+    settings.user_rows = "none"
+    without = stage.prepare(settings, ["ann"], 0)
+    assert without.prmu.encoder.users.rows == {}
+    assert len(without.rows.rows) == 1
+
+
 def test_gradient_is_the_mean_over_the_batch_however_it_is_cut(
-    configure: Callable[..., Any], base: Path
+    tmp_path: Path, configure: Callable[..., Any]
 ) -> None:
     def first_norm(micro: int, copies: int = 1) -> float:
         settings = configure(
             "train_prmu.epochs=1", "train_prmu.id_dropout=0", f"train_prmu.micro_batch_size={micro}"
         ).train_prmu  # fmt: skip
-        model, tokenizer, users = stage.prmu_model.build(
-            str(base), ["ann"], row_std=0.3, max_tokens=64, seed=0
-        )
-        prmu = stage.Prmu(model, tokenizer, stage.Encoder(tokenizer, users, 64), "")
         pairs = [pair(i, "ann", prompt="rain " * i) for i in range(10)] * copies
-        log = io.StringIO()
-        stage.train(prmu, pairs, settings, 0, log)
-        return float(json.loads(log.getvalue())["data"]["prmu/gradient_norm"])
+        path = tmp_path / f"{micro}-{copies}.jsonl"
+        stage.train(stage.prepare(settings, ["ann"], 0), pairs, settings, 0, MetricsLog(path, 0))
+        return float(json.loads(path.read_text())["data"]["prmu/gradient_norm"])
 
     whole = first_norm(32)
     assert first_norm(3) == pytest.approx(whole, rel=1e-4)
     assert first_norm(32, copies=3) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_run_that_is_cut_off_ends_as_one_that_is_not(
+    tmp_path: Path, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, from the last checkpoint on; metrics.jsonl too."""
+
+    class KilledError(Exception):
+        pass
+
+    write(tmp_path / "chains", habit_pairs(4, 16))
+    config = configure(
+        "train_prmu.epochs=3",
+        "train_prmu.batch_size=8",
+        "train_prmu.checkpoint_every=4",
+        "train_prmu.log_every=1",
+    )
+    stage.run(config)
+    whole = (tmp_path / "prmu" / "model" / "model.safetensors").read_bytes()
+    lines = (tmp_path / "prmu" / "metrics.jsonl").read_text()
+    config = configure(
+        "train_prmu.epochs=3", "train_prmu.batch_size=8", "train_prmu.checkpoint_every=4", "train_prmu.log_every=1",
+        "run.name=again", f"paths.prmu={tmp_path}/again/model",
+    )  # fmt: skip
+    step = stage.RowTable.step
+    calls = []
+
+    def dying(self: Any, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 10:
+            raise KilledError
+        step(self, *arguments)
+
+    monkeypatch.setattr(stage.RowTable, "step", dying)
+    with pytest.raises(KilledError):
+        stage.run(config)
+    assert [path.name for path in (tmp_path / "again" / "checkpoints").iterdir()] == ["step_8"]
+    stage.run(config)
+    assert len(calls) < 10 + len(lines.splitlines()), "it went on, and did not start again"
+    assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == whole
+    assert (tmp_path / "again" / "metrics.jsonl").read_text() == lines
+    assert not (tmp_path / "again" / "checkpoints").exists()
 
 
 def test_eq_2_on_known_margins() -> None:
@@ -241,6 +309,8 @@ def test_eq_2_on_known_margins() -> None:
         (["train_prmu.id_dropout=1.5"], ConfigError, r"train_prmu\.id_dropout=1\.5"),
         (["train_prmu.batch_size=0"], ConfigError, r"train_prmu\.batch_size=0"),
         (["train_prmu.dtype=float16"], ConfigError, r"train_prmu\.dtype=float16"),
+        (["train_prmu.packing=tight"], ConfigError, r"train_prmu\.packing=tight"),
+        (["train_prmu.workers=99"], ConfigError, r"train_prmu\.workers=99"),
         (["paths.base=nowhere"], StageError, r"train_prmu\.init=nowhere: no such folder"),
         (["train_prmu.max_tokens=8"], DataError, r"item pair\d+: \d+ tokens, more than the limit of 8"),
         (["train_prmu.learning_rate=1e30"], StageError, "not finite at step"),

@@ -1,0 +1,232 @@
+"""How the two inputs of a preference pair go through the model: three layouts, the same logits and gradients (S18).
+
+Both inputs begin with the same user row and prompt, and often with the same first words of the response.
+
+``shared_prefix``  one sequence ``[prefix, rest of chosen, rest of rejected]`` for a pair, all pairs of a batch behind each other.
+                   The rest of rejected looks at the prefix and at itself, never at chosen, and its (rotary) positions go on from
+                   the prefix: a tree of two branches.
+``padding_free``   both inputs in full, all behind each other, each looking at itself only. What shared_prefix is checked against.
+``padded``         one input a row, padded on the right to the longest.
+
+The first two need no change of any model: they register one attention function with transformers, which cuts the sequence into
+its parts and gives each to PyTorch's fused attention kernel, so no mask of the size of the whole sequence exists.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from tagpr.errors import ConfigError
+
+Packing = Literal["shared_prefix", "padding_free", "padded"]
+PACKINGS: tuple[Packing, ...] = ("shared_prefix", "padding_free", "padded")
+
+ATTENTION = "tagpr_tree"
+"""Name of the attention function among those of transformers."""
+
+
+class EncodedPair(NamedTuple):
+    """Token ids of both inputs of a pair; they share the user row and the prompt."""
+
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer input."""
+        return max(len(self.chosen), len(self.rejected))
+
+    def with_row(self, row: int) -> "EncodedPair":
+        """The same pair as another user's."""
+        return EncodedPair([row, *self.chosen[1:]], [row, *self.rejected[1:]])
+
+    @property
+    def shared(self) -> int:
+        """Tokens that both inputs begin with; at least one of each is left over, whose logit is read."""
+        most = min(len(self.chosen), len(self.rejected)) - 1
+        for place in range(most):
+            if self.chosen[place] != self.rejected[place]:
+                return place
+        return most
+
+
+class Segment(NamedTuple):
+    """Tokens ``start`` to ``end`` of a packed sequence: causal among themselves, after all of the prefix."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+class Batch(NamedTuple):
+    """Pairs as the model takes them: ``token_ids`` and ``positions`` [rows, tokens].
+
+    ``user_places`` [k, 2] (row and column) are the user rows, of ids ``users`` [k]; in ``token_ids`` the padding token stands
+    there. ``ends`` [2 n, 2] are the last tokens of the chosen inputs and then of the rejected ones. ``segments`` is empty for
+    a padded batch.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    users: torch.Tensor
+    user_places: torch.Tensor
+    ends: torch.Tensor
+    segments: tuple[Segment, ...]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        tensors = (each.to(device) for each in self[:-1])
+        return Batch(*tensors, self.segments)
+
+
+def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> Batch:
+    """Lay pairs out for one forward pass."""
+    if packing == "padded":
+        return _padded(pairs, pad_token_id)
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    starts, ends = [], []
+
+    def add(tokens: Sequence[int], position: int, prefix: tuple[int, int]) -> int:
+        start = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(position, position + len(tokens)))
+        segments.append(Segment(start, len(ids), *prefix))
+        return len(ids) - 1
+
+    for pair in pairs:
+        starts.append(len(ids))
+        chosen = add(pair.chosen, 0, (len(ids), len(ids)))
+        if packing == "shared_prefix":
+            first, shared = starts[-1], pair.shared
+            rejected = add(pair.rejected[shared:], shared, (first, first + shared))
+        else:
+            starts.append(len(ids))
+            rejected = add(pair.rejected, 0, (len(ids), len(ids)))
+        ends.append((chosen, rejected))
+    users = [ids[start] for start in starts]
+    for start in starts:
+        ids[start] = pad_token_id
+    order = [chosen for chosen, _ in ends] + [rejected for _, rejected in ends]
+    return Batch(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(users),
+        torch.tensor([(0, start) for start in starts]),
+        torch.tensor([(0, end) for end in order]),
+        tuple(segments),
+    )
+
+
+def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> Batch:
+    """As one right-padded batch.
+
+    No attention mask is needed: the model is causal and the logit is read at the last token that is not padding, so padding is
+    never looked at (and the masked attention kernel, slower on CPUs, is not taken).
+    """
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    longest = max(map(len, sequences))
+    rows = [[pad_token_id, *each[1:], *[pad_token_id] * (longest - len(each))] for each in sequences]
+    return Batch(
+        torch.tensor(rows),
+        torch.arange(longest)[None].expand(len(rows), -1),
+        torch.tensor([each[0] for each in sequences]),
+        torch.tensor([(row, 0) for row in range(len(rows))]),
+        torch.tensor([(row, len(each) - 1) for row, each in enumerate(sequences)]),
+        (),
+    )
+
+
+def logits(model: PreTrainedModel, batch: Batch, user_rows: torch.Tensor) -> torch.Tensor:
+    """Logits, float32 [2 n]: of the chosen inputs, then of the rejected ones.
+
+    Args:
+        model: sequence classifier of one label; :func:`use_packing` has been called on it.
+        batch: on the model's device.
+        user_rows: [k, hidden size], the embedding of each of ``batch.users``.
+    """
+    embedded = model.get_input_embeddings()(batch.token_ids)
+    rows, columns = batch.user_places.T
+    embedded = embedded.index_put((rows, columns), user_rows.to(embedded.dtype))
+    extra: dict[str, Any] = {"segments": batch.segments} if batch.segments else {}
+    hidden = model.base_model(
+        inputs_embeds=embedded, position_ids=batch.positions, use_cache=False, **extra
+    ).last_hidden_state
+    rows, columns = batch.ends.T
+    values: torch.Tensor = model.score(hidden[rows, columns])
+    return values[:, 0].float()
+
+
+def use_packing(model: PreTrainedModel, packing: Packing) -> None:
+    """Make a model take batches of this layout; ``padded`` gives it its usual attention back.
+
+    Raises:
+        ConfigError: the model's layers look at a window of tokens only, or its attention cannot be replaced.
+    """
+    if packing == "padded":
+        model.set_attn_implementation("sdpa")
+        return
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ConfigError(
+            f"train_prmu.packing={packing}: the model has {', '.join(sorted(kinds))} layers. Set padded."
+        )
+    AttentionInterface.register(ATTENTION, tree_attention)
+    try:
+        model.set_attn_implementation(ATTENTION)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"train_prmu.packing={packing}: the model's attention cannot be replaced. Set padded."
+        ) from error
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: tuple[Segment, ...] = (),
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed sequence, one call of the fused kernel for each segment.
+
+    Args:
+        module: the attention layer that asks.
+        query: [1, heads, tokens, head size]; ``key`` and ``value`` with the layer's key-value heads.
+        key: see ``query``.
+        value: see ``query``.
+        attention_mask: unused; transformers makes none for an attention function of ours.
+        dropout: of attention weights.
+        scaling: of the scores; None: one over the root of the head size.
+        segments: what the sequence consists of.
+
+    Returns:
+        [1, tokens, heads, head size], and no weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    parts = []
+    for start, end, prefix_start, prefix_end in segments:
+        own_query, own_key, own_value = (each[:, :, start:end] for each in (query, key, value))
+        if prefix_end == prefix_start:
+            mask, causal = None, True
+        else:
+            own_key = torch.cat([key[:, :, prefix_start:prefix_end], own_key], 2)
+            own_value = torch.cat([value[:, :, prefix_start:prefix_end], own_value], 2)
+            mask, causal = causal_lower_right(end - start, own_key.shape[2]), False
+        parts.append(
+            scaled_dot_product_attention(
+                own_query, own_key, own_value, mask, dropout, is_causal=causal, scale=scaling
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2), None
