@@ -5,6 +5,7 @@ Each stage has one file ``tagpr/config/<stage>.yaml``; the command line is a lis
 changes its working directory or its logging behind the user's back.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -47,6 +48,15 @@ def _own_task_names(path: str | None) -> ListConfig:
         return ListConfig([])
 
 
+def _package_folder(name: str) -> str:
+    """Where a package is installed, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{name}: is not installed in this environment. Run `bash recipes/setup.sh`.")
+    return str(spec.submodule_search_locations[0])
+
+
+OmegaConf.register_new_resolver("package_folder", _package_folder, replace=True)
 OmegaConf.register_new_resolver("own_task_names", _own_task_names, replace=True)
 
 
