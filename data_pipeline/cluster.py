@@ -25,6 +25,8 @@ OBJECT_STORE_BYTES = 100 * 2**20
 # What a job needs of the sources: the packages, without data, outputs, checkpoints or repository.
 PACKAGES = ("tagpr", "data_pipeline")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", "*.safetensors", "*.sqlite*", ".*")
+# One for each process: Ray remembers the first that it has seen.
+_TOKEN = secrets.token_hex(32)
 # What Ray and its cluster set in the environment of a job that was submitted to it.
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -39,18 +41,24 @@ def ray_running(settings: RaySettings) -> Iterator[None]:
         StageError: there is no such cluster, or it does not start.
     """
     address = settings.address
-    # Ray reads these when it is imported: no usage statistics; the same token on every node, if any.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     if address is None:
         # Ray takes the machine's outward address even where it is told 127.0.0.1, unless clusters are off altogether.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Ray runs workers at the lowest priority; these are what the driver waits for.
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        environment["RAY_worker_niceness"] = "0"
         if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN" not in os.environ:
             # Other users of this machine are not invited either.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+    with _environment(environment):
+        yield from _connected(settings)
+
+
+def _connected(settings: RaySettings) -> Iterator[None]:
+    # It reads the environment as it is imported.
     import ray
 
+    address = settings.address
     arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
     if address is None:
         arguments |= {
@@ -70,7 +78,7 @@ def ray_running(settings: RaySettings) -> Iterator[None]:
                 "env_vars": exported(),
             }
     try:
-        ray.init(**arguments)
+        context = ray.init(**arguments)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = "a Ray of its own" if address is None else address
@@ -78,10 +86,24 @@ def ray_running(settings: RaySettings) -> Iterator[None]:
             f"chains.ray.address={address or 'null'}: {where} cannot be used ({reason}). "
             "Start the cluster or mend the address; null starts one on this machine."
         ) from error
+    if settings.dashboard and address is None:
+        logger.info("Ray's dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    """These variables, where they are not set, for this process and what it starts."""
+    added = [name for name in more if name not in os.environ]
+    os.environ.update({name: more[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def submit(url: str, overrides: Sequence[str]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import simulated
 from data_pipeline.__main__ import run
 from data_pipeline.outputs import FILES
 from data_pipeline.settings import read_settings
@@ -105,6 +104,7 @@ def test_every_output_is_there_and_consistent(finished: tuple[Path, str]) -> Non
     assert "SIMULATED" in log
     assert "distinct" in log
     assert "Traceback" not in log
+    assert not list(folder.glob("*.results.sqlite*")), "all of it is in the outputs"
 
 
 def test_sft_rows_are_tagged_chains_in_the_response_form(finished: tuple[Path, str]) -> None:
@@ -173,34 +173,6 @@ def test_a_second_run_does_nothing_and_a_damaged_output_costs_nothing(
     assert asked(caplog.text) == 0
 
 
-def test_kill_9_in_the_middle_pays_nothing_twice(
-    finished: tuple[Path, str], examples: Path, tmp_path: Path
-) -> None:
-    undisturbed, first_log = finished
-    everything = asked(first_log)
-    ledger = tmp_path / "ledger.sqlite"
-    process = start(examples, tmp_path, "chains.simulated.latency_s=0.02")
-    try:
-        deadline = time.monotonic() + 60
-        while len(rows(ledger)) < everything // 3 and time.monotonic() < deadline:
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    process.wait()
-    paid = rows(ledger)
-    assert everything // 3 <= len(paid) < everything
-    assert not (tmp_path / "manifest.json").exists()
-
-    again = start(examples, tmp_path)
-    log, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, log
-    for name in FILES:
-        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes(), name
-    after = rows(ledger)
-    assert {key: after[key] for key in paid} == paid
-    assert asked(log) == len(after) - len(paid) == everything - len(paid)
-
-
 def test_the_simulated_endpoint_ends_with_its_parent(examples: Path, tmp_path: Path) -> None:
     process = start(examples, tmp_path, "chains.simulated.latency_s=0.5")
     assert process.stdout is not None
@@ -220,35 +192,6 @@ def test_the_simulated_endpoint_ends_with_its_parent(examples: Path, tmp_path: P
                 return
         time.sleep(0.05)
     pytest.fail(f"the simulated endpoint still listens on {port}")
-
-
-def test_a_key_of_a_real_endpoint_is_nowhere(
-    examples: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    simulated_models = [
-        f"chains.{role}.{key}={value}"
-        for role in ("teacher", "judge", "tagger")
-        for key, value in (("model", f"simulated-{role}"), ("key_variable", "CANARY_KEY"))
-    ]
-    more = ["chains.endpoint=openai", "~chains.preferences.extra_request.simulated_faults", *simulated_models]
-    plain = read_settings(resolve(compose("build_chains", overrides(examples, tmp_path))))
-    with simulated.running(plain) as (url, key):
-        urls = [f"chains.{role}.base_url={url}" for role in ("teacher", "judge", "tagger")]
-        config = resolve(compose("build_chains", overrides(examples, tmp_path, *more, *urls)))
-        monkeypatch.delenv("CANARY_KEY", raising=False)
-        with pytest.raises(ConfigError, match=r"^chains.teacher.key_variable=CANARY_KEY: .* not set"):
-            run(config)
-        monkeypatch.setenv("CANARY_KEY", "wrong")
-        with pytest.raises(StageError, match="refuses the key in CANARY_KEY"):
-            run(config)
-        monkeypatch.setenv("CANARY_KEY", key)
-        run(config)
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.name for path in written} >= {*FILES, "manifest.json", "ledger.sqlite"}
-    assert all(key.encode() not in path.read_bytes() for path in written)
-    assert key not in caplog.text
-    assert "SIMULATED teacher, judge and tagger)" not in caplog.text
 
 
 def test_missing_and_broken_examples_are_one_clear_line(examples: Path, tmp_path: Path) -> None:
