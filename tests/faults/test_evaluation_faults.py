@@ -43,12 +43,17 @@ def test_thinking_ends_at_the_budget_and_is_answered(outputs: Path) -> None:
     model = str(outputs / "base" / "model")
     method, settings = Method("base", model), evaluation_replicas.engine_settings()
     asked = evaluation_replicas.requests(outputs, 30, [None, 1])
-    plain, budget = (PromptSettings(8, "recency", 160, 80, 0, tokens) for tokens in (None, 20))
+    plain = PromptSettings(8, "recency", 160, 80, 0)
     with open_engine(method, settings, plain, 1.0) as engine:
         free = {each.key: each for each in engine.complete(asked) if each is not None}
+    rendering = PromptRenderer(model, plain)
+    close = rendering.tokenizer.convert_tokens_to_ids(THINK_CLOSE)
+    # Every second chain has ended by then.
+    ends = sorted(each.token_ids.index(close) for each in free.values() if close in each.token_ids)
+    tokens = ends[len(ends) // 2] + 1
+    budget = PromptSettings(8, "recency", 160, 80, 0, tokens)
     with open_engine(method, settings, budget, 1.0) as engine:
         found = {each.key: each for each in engine.complete(asked) if each is not None}
-    rendering = PromptRenderer(model, budget)
     assert found.keys() == free.keys()
     cut = {key: each for key, each in found.items() if each.thinking_cut}
     assert 0 < len(cut) < len(found)
@@ -57,9 +62,9 @@ def test_thinking_ends_at_the_budget_and_is_answered(outputs: Path) -> None:
         assert len(each.token_ids) <= 80
         if each.thinking_cut:
             # The free answer up to the budget, the end of thinking, and something after it.
-            assert each.token_ids[:20] == free[key].token_ids[:20]
-            assert rendering.decode(each.token_ids[20:]).startswith(f"\n{THINK_CLOSE}\n\n")
-            assert THINK_CLOSE not in rendering.decode(each.token_ids[:20])
+            assert each.token_ids[:tokens] == free[key].token_ids[:tokens]
+            assert rendering.decode(each.token_ids[tokens:]).startswith(f"\n{THINK_CLOSE}\n\n")
+            assert THINK_CLOSE not in rendering.decode(each.token_ids[:tokens])
         elif key[1] is None:
             # Nobody interfered: what was said is said again, though in two steps.
             assert each == free[key], text
