@@ -22,7 +22,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import openai
 from omegaconf import DictConfig
@@ -67,8 +67,8 @@ CREATE TABLE IF NOT EXISTS batch_unit (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS batch_unit_batch ON batch_unit (batch);
 """
-URL = "/v1/chat/completions"
-WINDOW = "24h"
+URL: Final = "/v1/chat/completions"
+WINDOW: Final = "24h"
 _ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
 _NAME, _CONTENT = "tagpr_batch", "tagpr_content"
 # 4xx that another try may pass.
@@ -203,12 +203,14 @@ class Batches:
             collected, refused, failed = collected + counts[0], refused + counts[1], failed + counts[2]
         if submit:
             for role in self._clients:
-                ready = self._unfinished(role)
-                while ready or (role not in full and (packed := self._pack(role)) is not None):
-                    number = ready.pop(0) if ready else packed
+                for number in self._unfinished(role):
                     if await self._send(number, role):
                         batches += 1
                         submitted += self._one("SELECT requests FROM batch WHERE number = ?", (number,))
+                while role not in full and (packed := self._pack(role)) is not None:
+                    await self._send(packed, role)
+                    batches += 1
+                    submitted += self._one("SELECT requests FROM batch WHERE number = ?", (packed,))
                 held_back += self._waiting(role)
         open_units, open_batches = self.open()
         if held_back and not (open_units or collected):
@@ -248,7 +250,8 @@ class Batches:
     def _pack(self, role: str) -> int | None:
         """Assign waiting units to a new batch within the file's limits and the budget; None if there are none that fit."""
         most_bytes = self._settings.megabytes * 2**20
-        chosen, size, held, digest = [], 0, 0.0, hashlib.sha256()
+        chosen: list[str] = []
+        size, held, digest = 0, 0.0, hashlib.sha256()
         for key, body, most in self._rows(
             "SELECT key, body, most FROM batch_unit WHERE role = ? AND run = ? AND batch IS NULL AND refused_status IS NULL "
             "ORDER BY model, key",
@@ -383,7 +386,7 @@ class Batches:
         }
         answered: list[str] = []
         refused: list[tuple[str, int, str]] = []
-        last = batch.status
+        last: str = batch.status
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is None:
                 continue

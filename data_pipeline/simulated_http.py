@@ -315,7 +315,9 @@ class Batches:
                 "data": [{"code": problem, "message": "See the input file.", "line": None}],
             }
             return
-        outputs, failures, unanswered = [], [], 0
+        outputs: list[dict[str, Any]] = []
+        failures: list[dict[str, Any]] = []
+        unanswered = 0
         for line in lines:
             request = json.loads(line)
             # What went wrong in one batch need not go wrong in the next.
