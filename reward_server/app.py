@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,26 +21,34 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.batching import Batcher
-from tagpr.errors import DataError
+from reward_server.metrics import CONTENT_TYPE, Counting, Metrics
+from reward_server.serving import Served, Serving, checkpoint_folder
+from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.prmu.client import sigmoid
 from tagpr.prmu.encoding import Encoded, Encoder
 from tagpr.prmu.wire import (
     HEALTH_PATH,
+    METRICS_PATH,
     NOT_FINITE,
+    OTHER_VERSION,
     SCORE_PATH,
+    SWAP_PATH,
     VERSION_PATH,
     ErrorBody,
     ItemScore,
     ScoreItem,
     ScoreRequest,
     ScoreResponse,
+    SwapRequest,
+    SwapResponse,
     VersionInfo,
 )
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-KNOWN_FIELDS = {"items", *ScoreItem.model_fields}
+KNOWN_FIELDS = {*ScoreRequest.model_fields, *ScoreItem.model_fields, *SwapRequest.model_fields}
+SWAP_BODY_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -60,21 +70,31 @@ class _Refused(Exception):
         self.body = ErrorBody(code=code, message=message, item=item)
 
 
+@dataclass(frozen=True)
+class Admin:
+    """Who may exchange the checkpoint, and for which: folders directly in ``checkpoints``."""
+
+    token: str
+    checkpoints: Path
+
+
 class BearerAuth:
     """Lets nothing pass without the token but the health check; unknown paths too are refused, not
-    explained."""
+    explained. The administrator's routes take the administrator's token, and no other one."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(self, app: ASGIApp, token: str, admin_token: str | None = None) -> None:
         self._app = app
         self._expected = f"Bearer {token}".encode()
+        self._admin = None if admin_token is None else f"Bearer {admin_token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == HEALTH_PATH):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
+            expected = self._admin if scope["path"] == SWAP_PATH and self._admin else self._expected
             given = [value for name, value in scope["headers"] if name == b"authorization"]
-            if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+            if len(given) == 1 and hmac.compare_digest(given[0], expected):
                 await self._app(scope, receive, send)
             else:
                 await _answer(_Refused(401, "unauthorized", "bearer token missing or wrong"))(
@@ -84,13 +104,13 @@ class BearerAuth:
             await send({"type": "websocket.close", "code": 1008})
 
 
-def create_app(
-    encoder: Encoder, batcher: Batcher, *, version: str, engine: str, token: str, limits: Limits
-) -> FastAPI:
-    """The application around a running batcher; its caller closes the batcher."""
+def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | None = None) -> FastAPI:
+    """The application around a running checkpoint; its caller closes ``serving``. Without ``admin`` nobody can exchange it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(BearerAuth, token=token)
     admitted = 0
+    metrics = Metrics(serving, lambda: admitted)
+    app.add_middleware(BearerAuth, token=token, admin_token=None if admin is None else admin.token)
+    app.add_middleware(Counting, metrics=metrics)
 
     @contextmanager
     def admission(count: int) -> Iterator[None]:
@@ -108,50 +128,80 @@ def create_app(
 
     @app.get(HEALTH_PATH)
     async def health() -> JSONResponse:
+        batcher = serving.current.batcher
         if batcher.alive and batcher.busy_s() < limits.request_timeout_s:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "engine hangs" if batcher.alive else "engine is down"}, 503)
 
     @app.get(VERSION_PATH)
     async def version_info() -> Response:
+        served = serving.current
         return _json(
             VersionInfo(
-                model_version=version,
-                engine=engine,
-                users=len(encoder.users.rows),
-                max_tokens=encoder.max_tokens,
+                model_version=served.version,
+                engine=served.engine,
+                users=len(served.encoder.users.rows),
+                max_tokens=served.encoder.max_tokens,
             )
         )
+
+    @app.get(METRICS_PATH)
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     @app.post(SCORE_PATH)
     async def score(request: Request) -> Response:
         try:
             async with asyncio.timeout(limits.request_timeout_s):
-                items = _parse(await _read(request, limits.body_bytes))
-                with admission(len(items)):
-                    encoded = await asyncio.to_thread(_encode, encoder, items)
-                    logits = await _logits(batcher, encoded)
+                asked = _parse(ScoreRequest, await _read(request, limits.body_bytes))
+                with admission(len(asked.items)), serving.lease() as served:
+                    answer = await _scores(served, asked)
         except TimeoutError:
-            return _answer(
-                _Refused(503, "timeout", f"no answer within {limits.request_timeout_s:g} s; try again")
-            )
+            late = f"no answer within {limits.request_timeout_s:g} s; try again"
+            return refuse(_Refused(503, "timeout", late))
         except _Refused as refused:
-            return _answer(refused)
-        scores = []
-        for item, one, logit in zip(items, encoded, logits, strict=True):
-            if not math.isfinite(logit):
-                logger.error("item %s: logit is %s", item.id, logit)
-                return _answer(_Refused(500, NOT_FINITE, f"the model's logit is {logit}", item.id))
-            scores.append(
-                ItemScore(id=item.id, logit=logit, score=sigmoid(logit), unknown_user=one.unknown_user)
-            )
-        return _json(ScoreResponse(model_version=version, scores=scores))
+            return refuse(refused)
+        metrics.items.inc(len(answer.scores))
+        metrics.unknown.inc(sum(one.unknown_user for one in answer.scores))
+        return _json(answer)
+
+    def refuse(refused: _Refused) -> Response:
+        metrics.refused.labels(refused.body.code).inc()
+        return _answer(refused)
+
+    if admin is not None:
+
+        @app.post(SWAP_PATH)
+        async def swap(request: Request) -> Response:
+            try:
+                asked = _parse(SwapRequest, await _read(request, SWAP_BODY_BYTES))
+                old, new = await serving.swap(checkpoint_folder(admin.checkpoints, asked.checkpoint))
+            except (StageError, ConfigError) as error:
+                return refuse(_Refused(422, "unusable_checkpoint", str(error)))
+            except _Refused as refused:
+                return refuse(refused)
+            return _json(SwapResponse(old_version=old, model_version=new))
 
     @app.exception_handler(HTTPException)
     async def no_such_route(_: Request, error: HTTPException) -> Response:
         return _answer(_Refused(error.status_code, "no_such_route", str(error.detail)))
 
     return app
+
+
+async def _scores(served: Served, asked: ScoreRequest) -> ScoreResponse:
+    if asked.versions is not None and served.version not in asked.versions:
+        wanted = ", ".join(asked.versions)
+        raise _Refused(409, OTHER_VERSION, f"serves PRMU {served.version}, the request insists on {wanted}")
+    encoded = await asyncio.to_thread(_encode, served.encoder, asked.items)
+    logits = await _logits(served.batcher, encoded)
+    scores = []
+    for item, one, logit in zip(asked.items, encoded, logits, strict=True):
+        if not math.isfinite(logit):
+            logger.error("item %s: logit is %s", item.id, logit)
+            raise _Refused(500, NOT_FINITE, f"the model's logit is {logit}", item.id)
+        scores.append(ItemScore(id=item.id, logit=logit, score=sigmoid(logit), unknown_user=one.unknown_user))
+    return ScoreResponse(model_version=served.version, scores=scores)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -168,9 +218,12 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _parse(body: bytes) -> list[ScoreItem]:
+Body = TypeVar("Body", ScoreRequest, SwapRequest)
+
+
+def _parse(kind: type[Body], body: bytes) -> Body:
     try:
-        return ScoreRequest.model_validate_json(body).items
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         # The field's place and the kind of error; pydantic's own message could quote the body.
@@ -190,12 +243,12 @@ def _encode(encoder: Encoder, items: list[ScoreItem]) -> list[Encoded]:
 
 async def _logits(batcher: Batcher, encoded: list[Encoded]) -> list[float]:
     try:
-        return await batcher.score([one.token_ids for one in encoded])
+        return await batcher.score(encoded)
     except (RuntimeError, ValueError, MemoryError) as error:  # its traceback is in the log already
         raise _Refused(500, "engine_failed", f"the engine failed ({type(error).__name__})") from error
 
 
-def _json(record: VersionInfo | ScoreResponse) -> Response:
+def _json(record: VersionInfo | ScoreResponse | SwapResponse) -> Response:
     return Response(record.model_dump_json(), media_type="application/json")
 
 

@@ -5,14 +5,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from reward_server.engine import Engine
+from reward_server.engine import Engine, EngineCounts
+from tagpr.prmu.encoding import Encoded
 
 logger = logging.getLogger(__name__)
 
-Entry = tuple[list[int], "Future[float]"]
+Entry = tuple[Encoded, "Future[float]"]
 
 
 class Batcher:
@@ -34,17 +35,18 @@ class Batcher:
         self._closing = False
         self._busy_since: float | None = None
         self.scored = 0
+        self.observe: Callable[[int, float], None] | None = None  # told items and seconds of every batch
         self._thread = threading.Thread(target=self._work, name="reward-engine", daemon=True)
         self._thread.start()
 
-    async def score(self, sequences: Sequence[list[int]]) -> list[float]:
+    async def score(self, inputs: Sequence[Encoded]) -> list[float]:
         """Logits in order. Cancelling takes what has not begun out of the queue.
 
         Raises:
             RuntimeError: the batcher is closed.
             Exception: whatever the engine raised.
         """
-        entries: list[Entry] = [(sequence, Future()) for sequence in sequences]
+        entries: list[Entry] = [(one, Future()) for one in inputs]
         with self._changed:
             if self._closing:
                 raise RuntimeError("the engine is shut down")
@@ -56,6 +58,10 @@ class Batcher:
         """How long the batch in hand has been running; 0 when idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
+
+    def counts(self) -> EngineCounts:
+        """Tokens that the engine has dealt with."""
+        return self._engine.counts()
 
     @property
     def alive(self) -> bool:
@@ -88,9 +94,9 @@ class Batcher:
             batch = self._next()
             if not batch:
                 continue
-            self._busy_since = time.monotonic()
+            self._busy_since = began = time.monotonic()
             try:
-                logits = self._engine.score([sequence for sequence, _ in batch])
+                logits = self._engine.score([one for one, _ in batch])
                 if len(logits) != len(batch):
                     raise RuntimeError(f"engine gave {len(logits)} logits for {len(batch)} inputs")
             except Exception as error:
@@ -99,6 +105,8 @@ class Batcher:
                     future.set_exception(error)
             else:
                 self.scored += len(batch)
+                if self.observe is not None:
+                    self.observe(len(batch), time.monotonic() - began)
                 for (_, future), logit in zip(batch, logits, strict=True):
                     future.set_result(logit)
             finally:

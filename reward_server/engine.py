@@ -4,11 +4,12 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from tagpr.errors import ConfigError
+from tagpr.prmu.encoding import Encoded
 from tagpr.prmu.model import Prmu, score_tokens
 
 logger = logging.getLogger(__name__)
@@ -16,13 +17,24 @@ logger = logging.getLogger(__name__)
 ENGINES = ("transformers", "vllm")
 
 
+class EngineCounts(NamedTuple):
+    """Tokens of all inputs so far, and how many of them were not computed because a prefix was shared."""
+
+    tokens: int = 0
+    cached_tokens: int = 0
+
+
 class Engine(Protocol):
-    """Scores token sequences; called by one thread only."""
+    """Scores encoded inputs; called by one thread only."""
 
     name: str
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Logit of each sequence, in order."""
+    def score(self, inputs: Sequence[Encoded]) -> list[float]:
+        """Logit of each input, in order."""
+        ...
+
+    def counts(self) -> EngineCounts:
+        """What was done so far; called from any thread."""
         ...
 
     def close(self) -> None:
@@ -31,11 +43,11 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """Padded batches of sequences of similar length.
+    """Padded batches of inputs of similar length: no sharing, for any architecture; the oracle of tests.
 
     Args:
         prmu: loaded checkpoint.
-        batch_tokens: of one padded batch at most; a longer sequence is a batch of its own.
+        batch_tokens: of one padded batch at most; a longer input is a batch of its own.
     """
 
     name = "transformers"
@@ -43,9 +55,11 @@ class TransformersEngine:
     def __init__(self, prmu: Prmu, batch_tokens: int) -> None:
         self._prmu = prmu
         self._batch_tokens = batch_tokens
+        self._counts = EngineCounts()
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Logit of each sequence, in order; padding changes none of them."""
+    def score(self, inputs: Sequence[Encoded]) -> list[float]:
+        """Logit of each input, in order; padding changes none of them."""
+        sequences = [one.token_ids for one in inputs]
         logits = [0.0] * len(sequences)
         with torch.inference_mode():
             for batch in self._batches(sequences):
@@ -54,7 +68,12 @@ class TransformersEngine:
                 )
                 for index, value in zip(batch, values.tolist(), strict=True):
                     logits[index] = value
+        self._counts = EngineCounts(self._counts.tokens + sum(map(len, sequences)), 0)
         return logits
+
+    def counts(self) -> EngineCounts:
+        """Tokens of all inputs so far; none of them shared."""
+        return self._counts
 
     def close(self) -> None:
         """Nothing to free."""
@@ -81,6 +100,7 @@ class VllmEngine:
         batch_tokens: of one scheduler step.
         gpu_memory_utilization: share of the GPU's memory; of no effect on the CPU.
         kv_cache_gib: size of the key-value cache on the CPU; of no effect on a GPU.
+        prefix_cache: whether inputs that begin alike share the computation of what they have in common.
     """
 
     name = "vllm"
@@ -92,32 +112,43 @@ class VllmEngine:
         max_tokens: int,
         batch_tokens: int,
         gpu_memory_utilization: float,
-        kv_cache_gib: int,
+        kv_cache_gib: float,
+        prefix_cache: bool = True,
     ) -> None:
         # In this process: no second one that could outlive this one, or be reached from outside.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib))
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{kv_cache_gib:g}")
         from vllm import LLM, PoolingParams  # slow to import, and not there for the other engine
 
         self._llm = LLM(
             model=str(folder),
             runner="pooling",
+            load_format="safetensors",  # never pickled weights
             dtype=dtype,
             max_model_len=max_tokens,
             max_num_batched_tokens=max(batch_tokens, max_tokens),
-            enable_prefix_caching=True,
+            enable_prefix_caching=prefix_cache,
             enforce_eager=True,
             gpu_memory_utilization=gpu_memory_utilization,
         )
         # Logits, as the sigmoid is taken from them here (eq. 3).
         self._parameters = PoolingParams(use_activation=False)
+        self._counts = EngineCounts()
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Logit of each sequence, in order."""
-        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+    def score(self, inputs: Sequence[Encoded]) -> list[float]:
+        """Logit of each input, in order."""
+        prompts = [{"prompt_token_ids": list(one.token_ids)} for one in inputs]
         outputs = self._llm.classify(prompts, pooling_params=self._parameters, use_tqdm=False)
+        self._counts = EngineCounts(
+            self._counts.tokens + sum(len(one.token_ids) for one in inputs),
+            self._counts.cached_tokens + sum(output.num_cached_tokens for output in outputs),
+        )
         return [float(output.outputs.probs[0]) for output in outputs]
+
+    def counts(self) -> EngineCounts:
+        """Tokens of all inputs so far, and how many vLLM took from its cache."""
+        return self._counts
 
     def close(self) -> None:
         """Shut vLLM's engine down."""

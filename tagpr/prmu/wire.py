@@ -14,11 +14,16 @@ from tagpr.schema import Record
 SCORE_PATH = "/v1/score"
 HEALTH_PATH = "/health"
 VERSION_PATH = "/version"
+METRICS_PATH = "/metrics"
+SWAP_PATH = "/admin/checkpoint"
 TOKEN_VARIABLE = "TAGPR_PRMU_TOKEN"
+ADMIN_TOKEN_VARIABLE = "TAGPR_PRMU_ADMIN_TOKEN"
 MIN_TOKEN_CHARACTERS = 16
 
 # The server's name for "the model gave no number for this item": asking again cannot help.
 NOT_FINITE = "not_finite"
+# ... and for "another checkpoint is served than the caller insists on".
+OTHER_VERSION = "other_version"
 
 
 class ScoreItem(Record):
@@ -31,9 +36,10 @@ class ScoreItem(Record):
 
 
 class ScoreRequest(Record):
-    """Body of ``POST /v1/score``."""
+    """Body of ``POST /v1/score``; ``versions`` are the checkpoints whose scores the caller takes (null: any)."""
 
     items: list[ScoreItem] = Field(min_length=1)
+    versions: list[str] | None = None
 
 
 class ItemScore(Record):
@@ -61,6 +67,19 @@ class VersionInfo(Record):
     max_tokens: int
 
 
+class SwapRequest(Record):
+    """Body of ``POST /admin/checkpoint``: the name of a folder in ``server.checkpoints``."""
+
+    checkpoint: str = Field(min_length=1, max_length=128)
+
+
+class SwapResponse(Record):
+    """Answer to ``POST /admin/checkpoint``."""
+
+    old_version: str
+    model_version: str
+
+
 class ErrorBody(Record):
     """Answer to a request that got no score: a stable ``code``, a line for people, the item to blame."""
 
@@ -70,7 +89,10 @@ class ErrorBody(Record):
 
 
 class Address(Record):
-    """Content of ``server.json``, which a server writes once it is ready: where it is, what it serves."""
+    """Content of ``server.json``, which a server writes once it is ready: where it is, what it serves.
+
+    ``url`` is one address, or those of all replicas with commas between them, as :class:`RewardClient` takes it.
+    """
 
     url: str
     model_version: str
@@ -99,8 +121,8 @@ def read_address(path: Path | str) -> Address:
         ) from None
 
 
-def read_token(token_file: Path | str | None) -> str | None:
-    """Token from a file, else from the environment variable ``TAGPR_PRMU_TOKEN``, else ``None``.
+def read_token(token_file: Path | str | None, variable: str = TOKEN_VARIABLE) -> str | None:
+    """Token from a file, else from an environment variable (``TAGPR_PRMU_TOKEN``), else ``None``.
 
     Raises:
         ConfigError: the file cannot be read, or the token is too short or not fit for a header.
@@ -112,11 +134,11 @@ def read_token(token_file: Path | str | None) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{source}: cannot be read as a token file ({type(error).__name__}). "
-                f"Write the token into it, or unset the key and use {TOKEN_VARIABLE}."
+                f"Write the token into it, or unset the key and use {variable}."
             ) from None
     else:
-        source = TOKEN_VARIABLE
-        value = os.environ.get(TOKEN_VARIABLE)
+        source = variable
+        value = os.environ.get(variable)
         if value is None:
             return None
         token = value.strip()

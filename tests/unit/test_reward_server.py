@@ -21,10 +21,12 @@ from prmu_tiny import USERS, make_base, make_prmu
 from reward_server import __main__ as stage
 from reward_server.app import Limits, create_app
 from reward_server.batching import Batcher
-from reward_server.engine import TransformersEngine, choose_engine
+from reward_server.engine import EngineCounts, TransformersEngine, choose_engine
+from reward_server.serving import Served, Serving
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import RewardClient, check_server, sigmoid
+from tagpr.prmu.encoding import Encoded
 from tagpr.prmu.model import Prmu, load
 from tagpr.prmu.wire import NOT_FINITE, ScoreItem, read_address, read_token
 
@@ -54,13 +56,18 @@ class FakeEngine:
         self.batches: list[int] = []
         self.go = threading.Event()
         self.go.set()
-        self.answer: Callable[[Sequence[Sequence[int]]], list[float]] = lambda s: [float(len(x)) for x in s]
+        self.answer: Callable[[Sequence[Encoded]], list[float]] = lambda s: [
+            float(len(x.token_ids)) for x in s
+        ]
         self.closed = False
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def score(self, inputs: Sequence[Encoded]) -> list[float]:
         self.go.wait(10)
-        self.batches.append(len(sequences))
-        return self.answer(sequences)
+        self.batches.append(len(inputs))
+        return self.answer(inputs)
+
+    def counts(self) -> EngineCounts:
+        return EngineCounts(10 * sum(self.batches), 6 * sum(self.batches))
 
     def close(self) -> None:
         self.closed = True
@@ -87,11 +94,11 @@ def serve(prmu: Prmu, batcher: Batcher) -> Callable[..., Any]:
     """Runs a coroutine function with an HTTP client of the application."""
 
     def go(body: Callable[[httpx.AsyncClient], Awaitable[Any]], limits: Limits = LIMITS) -> Any:
-        app = create_app(
-            prmu.encoder, batcher, version=prmu.version, engine="fake", token=TOKEN, limits=limits
-        )
-
         async def with_client() -> Any:
+            serving = Serving(
+                Served(prmu.encoder, batcher, prmu.version, "fake"), lambda _: pytest.fail("loads")
+            )
+            app = create_app(serving, token=TOKEN, limits=limits)
             transport = httpx.ASGITransport(app=app)
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
                 return await body(http)
@@ -124,7 +131,18 @@ def test_scores_in_order_with_version_and_unknown_users(serve: Any, prmu: Prmu) 
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/score", "/version", "/docs", "/openapi.json", "/", "/health/", "/nope"]
+    "path",
+    [
+        "/v1/score",
+        "/version",
+        "/metrics",
+        "/admin/checkpoint",
+        "/docs",
+        "/openapi.json",
+        "/",
+        "/health/",
+        "/nope",
+    ],
 )
 @pytest.mark.parametrize(
     "headers",
@@ -156,7 +174,7 @@ def test_open_and_closed_routes(serve: Any, prmu: Prmu) -> None:
         "users": 3,
         "max_tokens": 512,
     }
-    for path in ("/docs", "/redoc", "/openapi.json", "/metrics"):
+    for path in ("/docs", "/redoc", "/openapi.json", "/admin/checkpoint"):
         assert serve(lambda http, p=path: http.get(p, headers=AUTH)).status_code == 404
     assert serve(lambda http: http.get("/v1/score", headers=AUTH)).status_code == 405
 
@@ -228,7 +246,7 @@ def test_what_is_no_number_names_the_item(serve: Any, engine: FakeEngine, bad: f
 def test_an_engine_that_fails_is_an_error_and_the_next_request_works(serve: Any, engine: FakeEngine) -> None:
     working = engine.answer
 
-    def fail(_: Sequence[Sequence[int]]) -> list[float]:
+    def fail(_: Sequence[Encoded]) -> list[float]:
         raise RuntimeError("kernel")
 
     for broken in (fail, lambda _: [1.0, 2.0, 3.0]):
@@ -286,7 +304,7 @@ def test_closing_fails_what_is_queued_and_closes_the_engine(engine: FakeEngine) 
     async def close() -> None:
         batcher = Batcher(engine, batch_items=1)
         engine.go.clear()
-        tasks = [asyncio.create_task(batcher.score([[1]])) for _ in range(3)]
+        tasks = [asyncio.create_task(batcher.score([Encoded([1], 1, False)])) for _ in range(3)]
         await asyncio.sleep(0.05)
         threading.Timer(0.1, engine.go.set).start()
         await asyncio.to_thread(batcher.close)
@@ -294,7 +312,7 @@ def test_closing_fails_what_is_queued_and_closes_the_engine(engine: FakeEngine) 
         assert results[0] == [1.0]
         assert [type(result) for result in results[1:]] == [RuntimeError, RuntimeError]
         with pytest.raises(RuntimeError):
-            await batcher.score([[1]])
+            await batcher.score([Encoded([1], 1, False)])
 
     asyncio.run(close())
     assert engine.closed
@@ -302,16 +320,14 @@ def test_closing_fails_what_is_queued_and_closes_the_engine(engine: FakeEngine) 
 
 def test_transformers_engine_alone_and_in_a_crowd(prmu: Prmu) -> None:
     texts = ["rain", "boats and rain " * 30, "", "the user likes short titles", "x" * 90] * 4
-    ids = [
-        prmu.encoder.encode("a", user, text, text).token_ids
-        for text, user in zip(texts, USERS * 7, strict=False)
-    ]
+    ids = [prmu.encoder.encode("a", user, text, text) for text, user in zip(texts, USERS * 7, strict=False)]
     crowd = TransformersEngine(prmu, batch_tokens=4096).score(ids)
     small = TransformersEngine(prmu, batch_tokens=400)
-    assert max(len(batch) for batch in small._batches(ids)) < len(ids)
-    assert sorted(i for batch in small._batches(ids) for i in batch) == list(range(len(ids)))
-    for batch in small._batches(ids):
-        assert len(batch) == 1 or len(batch) * max(len(ids[i]) for i in batch) <= 400
+    lengths = [one.token_ids for one in ids]
+    assert max(len(batch) for batch in small._batches(lengths)) < len(ids)
+    assert sorted(i for batch in small._batches(lengths) for i in batch) == list(range(len(ids)))
+    for batch in small._batches(lengths):
+        assert len(batch) == 1 or len(batch) * max(len(lengths[i]) for i in batch) <= 400
     for index, logit in enumerate(small.score(ids)):
         assert logit == pytest.approx(crowd[index], abs=1e-5)
         assert small.score([ids[index]])[0] == pytest.approx(crowd[index], abs=1e-5)
@@ -420,7 +436,7 @@ def test_process_serves_and_dies_with_its_parent(tmp_path: Path, folder: Path, p
                 return await asyncio.gather(*(client.score([one]) for one in items))
 
         scores = [score for (score,) in asyncio.run(ask())]
-        ids = [prmu.encoder.encode(i.id, i.user_id, i.prompt, i.response).token_ids for i in items]
+        ids = [prmu.encoder.encode(i.id, i.user_id, i.prompt, i.response) for i in items]
         expected = TransformersEngine(prmu, 4096).score(ids)
         assert [score.logit for score in scores] == pytest.approx(expected, abs=1e-5)
         assert [score.unknown_user for score in scores] == [False] * 30 + [True] * 10
@@ -444,43 +460,58 @@ def test_process_serves_and_dies_with_its_parent(tmp_path: Path, folder: Path, p
         server.wait()
 
 
-@pytest.mark.slow
-def test_vllm_gives_the_same_logits_as_transformers(folder: Path) -> None:
-    """In a process of its own: vLLM takes memory and patches what it imports."""
-    code = f"""
-import random
+PARITY = """
+import random, sys
 from pathlib import Path
 from reward_server.engine import TransformersEngine, VllmEngine
 from tagpr.prmu.model import load
+
 if __name__ == "__main__":
-    prmu = load({str(folder)!r})
+    folder, dtype, cache = sys.argv[1], sys.argv[2], sys.argv[3] == "on"
+    prmu = load(folder)
     rng = random.Random(0)
     words = "the user likes short titles about boats and rain".split()
     text = lambda n: " ".join(rng.choices(words, k=n))
-    ids = []
-    for group in range(20):
+    inputs = []
+    while len(inputs) < 520:
         user, prompt = rng.choice(["ann", "bob", "cem", "nobody"]), text(rng.randint(1, 60))
-        ids += [prmu.encoder.encode("a", user, prompt, text(rng.randint(0, 30))).token_ids for _ in range(5)]
-    want = TransformersEngine(prmu, 8192).score(ids)
-    engine = VllmEngine(Path({str(folder)!r}), "float32", 512, 2048, 0.3, 1)
-    for order in (list(range(100)), rng.sample(range(100), 100)):
-        got = engine.score([ids[i] for i in order])
+        n = rng.randint(1, 8)
+        inputs += [prmu.encoder.encode("a", user, prompt, text(rng.randint(0, 30))) for _ in range(n)]
+    same = [prmu.encoder.encode("a", user, "boats", "rain") for user in ("ann", "bob", "cem", "x", "y")]
+    inputs += same
+    want = TransformersEngine(prmu, 8192).score(inputs)
+    engine = VllmEngine(Path(folder), dtype, 512, 2048, 0.3, 1, cache)
+    spread, bound = max(want) - min(want), 1e-4 if dtype == "float32" else 0.05 * (max(want) - min(want))
+    assert spread > 1
+    for order in (list(range(len(inputs))), rng.sample(range(len(inputs)), len(inputs))):
+        got = engine.score([inputs[i] for i in order])
         worst = max(abs(g - want[i]) for g, i in zip(got, order))
-        spread = max(want) - min(want)
-        print(f"worst {{worst:.2e}} of spread {{spread:.2f}}", flush=True)
-        assert worst <= 1e-4 and spread > 1
-    assert abs(engine.score([ids[7]])[0] - want[7]) <= 1e-4
+        print(f"{dtype} cache {cache} worst {worst:.2e} of spread {spread:.2f}", flush=True)
+        assert worst <= bound
+    for i in range(0, len(inputs), 50):  # alone
+        assert abs(engine.score([inputs[i]])[0] - want[i]) <= bound
+    users = engine.score(same)
+    assert len({round(logit, 3) for logit in users[:4]}) == 4 and abs(users[3] - users[4]) <= bound
+    assert (engine.counts().cached_tokens > 0) == cache, engine.counts()
+    print(engine.counts(), flush=True)
     engine.close()
     print("EQUAL", flush=True)
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "cache"), [("float32", "on"), ("float32", "off"), ("bfloat16", "on")])
+def test_vllm_gives_the_same_logits_as_transformers(folder: Path, dtype: str, cache: str) -> None:
+    """In a process of its own: vLLM takes memory and patches what it imports."""
     script = folder.parent / "parity.py"
-    script.write_text(code)
+    script.write_text(PARITY)
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), str(folder), dtype, cache],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert "EQUAL" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    print(done.stdout)
