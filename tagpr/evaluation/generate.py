@@ -41,7 +41,7 @@ def answer(
 
     Rows are scored and on the disk at most ``write_every_s`` after they are finished. With nothing to do
     neither a tokenizer nor an engine is loaded. A row whose query alone exceeds the prompt's budget, or that an endpoint
-    refuses, is told and goes to ``file.unanswered``; refused ones are asked again by the next run.
+    refuses, is told and goes to ``file.unanswered``; it is not asked again unless somebody removes that file.
 
     Raises:
         StageError: the engine gave a row up.
@@ -51,16 +51,14 @@ def answer(
     wanted: list[Key] = [(id_, None) for id_ in by_id if None in seeds]
     wanted += [(id_, seed) for id_ in by_id for seed in seeds if seed is not None]
     missing = [key for key in wanted if key not in file.rows]
-    too_long = {key for key, entry in file.unanswered.items() if entry.reason == "query_too_long"}
     left_out = len(missing)
-    missing = [key for key in missing if key not in too_long]
+    missing = [key for key in missing if key not in file.unanswered]
     left_out -= len(missing)
     total = len(wanted)
-    told = f", {left_out} too long to ask" if left_out else ""
+    told = f", {left_out} have no answer (see {file.unanswered_path.name})" if left_out else ""
     if not missing:
         logger.info("%s: all %d rows are there%s", label, total - left_out, told)
         return 0
-    file.note([], asked_again=missing)
     started = time.monotonic()
     rendering = renderer()
     work = _Work([(key, by_id[key[0]]) for key in missing], rendering)

@@ -210,11 +210,9 @@ class RowFile:
             if entry.key not in self.rows:
                 self.unanswered[entry.key] = entry
 
-    def note(self, unanswered: Iterable[Unanswered], *, asked_again: Iterable[Key] = ()) -> None:
-        """Write down which rows have no answer; drop what was noted of those that are asked again."""
+    def note(self, unanswered: Iterable[Unanswered]) -> None:
+        """Write down which rows have no answer."""
         before = dict(self.unanswered)
-        for key in asked_again:
-            self.unanswered.pop(key, None)
         self.unanswered.update((entry.key, entry) for entry in unanswered)
         if self.unanswered != before:
             write_text_atomically(

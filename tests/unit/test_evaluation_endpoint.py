@@ -191,11 +191,13 @@ def test_refused_rows_are_named_and_the_others_answered(
     assert noted[0]["detail"] == "400 context_length_exceeded: injected 400"
     assert "r3 is refused: 400" in caplog.text
     assert set(file.unanswered) == {("r3", None), ("r7", None)}
-    # The next run asks for them again, and for nothing else.
+    # The next run asks for nothing, so that even many refused rows leave a table; without the file, for them.
     with FaultyEndpoint(parrot, refuse=("r7.",)) as endpoint:
+        assert evaluate(path, endpoint.url, 12)[0] == 0
+        assert endpoint.met["400"] == 0
+        (tmp_path / "gpt.unanswered.jsonl").unlink()
         done, file = evaluate(path, endpoint.url, 12)
-    assert done == 1
-    assert sum(endpoint.asked.values()) == 1
+        assert done == sum(endpoint.asked.values()) == 1
     assert set(file.unanswered) == {("r7", None)}
 
 

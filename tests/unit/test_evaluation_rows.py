@@ -159,10 +159,6 @@ def test_rows_without_an_answer_are_named_until_they_have_one(tmp_path: Path) ->
         file.append([row("b")])
     with RowFile(path, SETTINGS) as file:
         assert set(file.unanswered) == {("c", None)}
-        file.note([], asked_again=[("c", None)])
-    with RowFile(path, SETTINGS) as file:
-        assert file.unanswered == {}
-    assert path.with_suffix(".unanswered.jsonl").read_text() == ""
 
 
 def test_rows_without_an_answer_belong_to_their_settings(tmp_path: Path) -> None:
