@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 # Requests of the instances under way, in multiples of what the endpoints take: enough that the slowest never idles.
-AHEAD = 2.0
+AHEAD = 3.0
 STAGE_OF: dict[Kind, str] = {"main": "rollouts", "extra": "extra_rollouts", "blank": "without_profile"}
 # Where an unusable reply is counted: those for pairs only are not part of the funnel's main line.
 DROPPED_AT: dict[Kind, str] = {"main": "parsed", "extra": "extra_rollouts", "blank": "without_profile"}
@@ -120,8 +120,10 @@ class Flow:
                 return await self.models.explorer.ask(unit)
             except RequestRefusedError as error:
                 return Reply("", None, f"refused_{error.code or error.status}", 0, 0, 0)
+            finally:
+                self._progress.step()
 
-        with self._progress.stage("exploratory tagging", "chains", len(drawn)):
+        with self._progress.stage("exploratory tagging", "replies", len(drawn)):
             await explore(drawn, ask, settings, folder, self._seed)
 
     async def tag(self, ids: Sequence[str], label: str, stage: str) -> None:
