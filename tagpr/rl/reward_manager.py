@@ -1,9 +1,10 @@
 """The composite reward inside verl's reward loop (``reward.reward_manager``; paper section 3.4, S23-S28).
 
-Called once per response, concurrently. A response whose PRMU score cannot be had raises: its group fails and
-``FailClosedReplayBuffer`` stops the run. No path returns a reward that was not computed.
+Called once per response, concurrently; the client sends the responses that wait together in one request. A response whose
+PRMU score cannot be had raises: its group fails and ``FailClosedReplayBuffer`` stops the run. No path returns a reward that was not computed.
 """
 
+import time
 from typing import Any
 
 from omegaconf import DictConfig
@@ -38,10 +39,12 @@ class TagPRRewardManager(RewardManagerBase):
             self.client = RewardClient(
                 url=server.url,
                 token=read_token(server.token_file),
-                expected_version=server.version,
+                expected_version=[server.version, *server.also_versions],
                 timeout_s=server.timeout_s,
                 deadline_s=server.deadline_s,
                 concurrency=server.concurrency,
+                gather_s=server.gather_s,
+                request_items=server.request_items,
             )
 
     @staticmethod
@@ -68,7 +71,9 @@ class TagPRRewardManager(RewardManagerBase):
         # Special tokens stay visible: a forged one in the middle of a response breaks its format.
         text = self.tokenizer.decode(own, skip_special_tokens=False)
         about = item.non_tensor_batch["extra_info"]
+        began = time.monotonic()
         prmu = await self._prmu(about, item.non_tensor_batch["raw_prompt"], text)
+        waited = time.monotonic() - began
         breakdown = score_response(
             task=about["task"],
             gold=item.non_tensor_batch["reward_model"]["ground_truth"],
@@ -93,6 +98,7 @@ class TagPRRewardManager(RewardManagerBase):
                 "prmu": prmu.score,
                 "prmu_logit": prmu.logit,
                 "prmu_unknown_user": float(prmu.unknown_user),
+                "prmu_seconds": waited,
             }
         return {"reward_score": breakdown.reward, "reward_extra_info": info}
 
@@ -101,4 +107,4 @@ class TagPRRewardManager(RewardManagerBase):
             return None
         prompt = messages[-1]["content"]
         item = ScoreItem(id=about["example_id"], user_id=about["user_id"], prompt=prompt, response=response)
-        return (await self.client.score([item]))[0]
+        return await self.client.score_one(item)

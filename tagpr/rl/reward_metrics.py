@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tagpr.prmu.client import LATENCY_BUCKETS_S
 from tagpr.rl.reward_manager import COMPONENTS
 
 
@@ -22,7 +23,8 @@ def reward_metrics(
     Returns:
         ``reward/<component>/{mean,std,min,max}``; the same means by task; ``failure/<check>/share``; ``tags/valid_frac``;
         ``group/zero_spread_frac``, the share of groups whose rewards are all equal, which teach nothing (S29);
-        ``prmu/unknown_user_frac``.
+        ``prmu/unknown_user_frac``; how long the reward server took, as the response saw it: ``prmu/latency_{p50,p99,max}_s`` and
+        the histogram ``prmu/latency_le_<x>s_frac``, shares of responses that had their score within x seconds.
     """
     metrics: dict[str, float] = {}
     for component in COMPONENTS:
@@ -49,4 +51,10 @@ def reward_metrics(
     metrics["group/zero_spread_frac"] = float(np.mean([len(rewards) == 1 for rewards in by_group.values()]))
     if all("prmu_unknown_user" in info for info in infos):
         metrics["prmu/unknown_user_frac"] = float(np.mean([info["prmu_unknown_user"] for info in infos]))
+    if all("prmu_seconds" in info for info in infos):
+        seconds = np.array([info["prmu_seconds"] for info in infos], dtype=float)
+        for name, share in (("p50", 50), ("p99", 99), ("max", 100)):
+            metrics[f"prmu/latency_{name}_s"] = np.percentile(seconds, share)
+        for end in LATENCY_BUCKETS_S:
+            metrics[f"prmu/latency_le_{end:g}s_frac"] = float(np.mean(seconds <= end))
     return {name: float(value) for name, value in metrics.items()}

@@ -16,6 +16,7 @@ from verl import DataProto
 from tagpr.errors import RewardServerError
 from tagpr.prmu.client import sigmoid
 from tagpr.rl.reward_manager import TagPRRewardManager
+from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.tags import format_response
 
 TAGGED = "".join(
@@ -36,6 +37,7 @@ class Server:
     def __init__(self) -> None:
         self.fault: int | None = None
         self.asked: list[dict] = []
+        self.sizes: list[int] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,6 +46,7 @@ class Server:
             def do_POST(self) -> None:
                 items = json.loads(self.rfile.read(int(self.headers["content-length"])))["items"]
                 outer.asked += items
+                outer.sizes.append(len(items))
                 scores = [
                     {"id": i["id"], "logit": 1.0, "score": sigmoid(1.0), "unknown_user": False} for i in items
                 ]
@@ -72,7 +75,8 @@ def server() -> Iterator[Server]:
 def manager(tokenizer, server: Server, tmp_path: Path, **objective: object) -> TagPRRewardManager:
     (tmp_path / "token").write_text("0123456789abcdef")
     client = {"url": server.url, "token_file": str(tmp_path / "token"), "version": "v1"}
-    limits = {"timeout_s": 2, "deadline_s": 0.5, "concurrency": 4}
+    limits = {"timeout_s": 2, "deadline_s": 0.5, "concurrency": 4, "gather_s": 0.05, "request_items": 8}
+    client["also_versions"] = []
     weights = {"mode": "guided", "alpha": 0.8, "beta": 0.8, "gamma": 0.2, **objective}
     config = OmegaConf.create({"objective": weights, "prmu_client": {**client, **limits}})
     return TagPRRewardManager(config, tokenizer)
@@ -150,8 +154,33 @@ def test_exploratory_never_asks_the_server(tokenizer, server: Server, tmp_path: 
     assert "prmu" not in result["reward_extra_info"]
 
 
+def test_responses_of_a_group_share_a_request(tokenizer, server: Server, tmp_path: Path) -> None:
+    asked = manager(tokenizer, server, tmp_path)
+    rows = [row(tokenizer, format_response(TAGGED, f"[{i}]")) for i in range(5)]
+
+    async def together() -> list[dict]:
+        return await asyncio.gather(*(asked.run_single(each) for each in rows))
+
+    results = asyncio.run(together())
+    assert server.sizes == [5]
+    assert [one["response"][-3:] for one in server.asked] == [f"[{i}]" for i in range(5)]
+    assert results[1]["reward_extra_info"]["verifiable"] == 1
+    assert [r["reward_extra_info"]["verifiable"] for r in results] == [0, 1, 0, 0, 0]
+    assert all(0 < r["reward_extra_info"]["prmu_seconds"] < 5 for r in results)
+
+
 @pytest.mark.parametrize("status", [500, 400])
 def test_no_score_means_no_reward(tokenizer, server: Server, tmp_path: Path, status: int) -> None:
     server.fault = status
     with pytest.raises(RewardServerError, match="e1"):
         score(manager(tokenizer, server, tmp_path), row(tokenizer, format_response(TAGGED, "[1]")))
+
+
+def test_latencies_become_training_metrics(tokenizer, server: Server, tmp_path: Path) -> None:
+    info = score(manager(tokenizer, server, tmp_path), row(tokenizer, format_response(TAGGED, "[1]")))
+    infos = [info["reward_extra_info"] | {"prmu_seconds": seconds} for seconds in (0.02, 0.2, 0.2, 5.0)]
+    metrics = reward_metrics(infos, ["lamp1"] * 4, ["a", "a", "b", "b"])
+    assert metrics["prmu/latency_max_s"] == 5.0
+    assert metrics["prmu/latency_p50_s"] == pytest.approx(0.2)
+    shares = [metrics[f"prmu/latency_le_{end}s_frac"] for end in ("0.03", "0.1", "0.3", "3", "10")]
+    assert shares == [0.25, 0.25, 0.75, 0.75, 1.0]

@@ -474,7 +474,7 @@ if __name__ == "__main__":
     text = lambda n: " ".join(rng.choices(words, k=n))
     inputs = []
     while len(inputs) < 520:
-        user, prompt = rng.choice(["ann", "bob", "cem", "nobody"]), text(rng.randint(1, 60))
+        user, prompt = rng.choice(["ann", "bob", "cem", "nobody"]), text(rng.randint(1, 250))
         n = rng.randint(1, 8)
         inputs += [prmu.encoder.encode("a", user, prompt, text(rng.randint(0, 30))) for _ in range(n)]
     same = [prmu.encoder.encode("a", user, "boats", "rain") for user in ("ann", "bob", "cem", "x", "y")]
@@ -492,7 +492,7 @@ if __name__ == "__main__":
         assert abs(engine.score([inputs[i]])[0] - want[i]) <= bound
     users = engine.score(same)
     assert len({round(logit, 3) for logit in users[:4]}) == 4 and abs(users[3] - users[4]) <= bound
-    assert (engine.counts().cached_tokens > 0) == cache, engine.counts()
+    assert (engine.counts().cached_tokens > 0.2 * engine.counts().tokens) == cache, engine.counts()
     print(engine.counts(), flush=True)
     engine.close()
     print("EQUAL", flush=True)
