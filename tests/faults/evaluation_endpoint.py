@@ -176,12 +176,19 @@ def refusals(outputs: Path, number: int) -> dict[str, Any]:
         seconds = time.monotonic() - begun
         refused = endpoint.met["401"]
         finish(start(command, TINY_KEY="right"))
+        table = (outputs / "endpoint-refusals" / "table.md").read_bytes()
+        asked = endpoint.met["400"] + sum(endpoint.asked.values())
+        finish(start(command, TINY_KEY="right"))
+        again = endpoint.met["400"] + sum(endpoint.asked.values()) - asked
+        same = (outputs / "endpoint-refusals" / "table.md").read_bytes() == table
     folder = outputs / "endpoint-refusals"
     return {
         "wrong_key_status": wrong.returncode,
         "wrong_key_lines": [line for line in errors.splitlines() if line.startswith("error:")],
         "wrong_key_requests": refused,
         "wrong_key_s": round(seconds, 1),
+        "second_run_asked": again,
+        "second_run_same_table": same,
         "refused_rows": len(rows(folder / "served.unanswered.jsonl")),
         "answered_rows": len(rows(folder / "served.jsonl")),
     }
@@ -218,6 +225,8 @@ def main() -> None:
     problems = problems_of(thinking) + problems_of(plain)
     if refused["wrong_key_status"] != 2 or len(refused["wrong_key_lines"]) != 1:
         problems.append("a wrong key is not one line")
+    if refused["second_run_asked"] or not refused["second_run_same_table"]:
+        problems.append("a second run with refused rows is another")
     if not refused["refused_rows"] or refused["refused_rows"] + refused["answered_rows"] != 60:
         problems.append("refused rows are not accounted for")
     print(json.dumps({"thinking": thinking, "plain": plain, "refusals": refused, "problems": problems}))
