@@ -159,4 +159,5 @@ def finish_pair(candidate: Candidate, chosen: Chain, rejected: Chain) -> Prefere
         margin=candidate.margin,
         rule=candidate.rule,
         chains=(chosen.id, rejected.id),
+        example_id=chosen.example_id,
     )

@@ -11,6 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tagpr.prmu.encoding import UserRows
+from tagpr.prmu.packing import EncodedPair
+
+# Length of the random part of a row that starts from preferences, relative to the other part.
+NOISE = 0.3
 
 
 class RowTable:
@@ -56,6 +60,39 @@ class RowTable:
         """Go on from a :meth:`state`."""
         for name, value in self.state().items():
             value.copy_(state[name])
+
+
+def preferred(words: torch.Tensor, pairs: Sequence[EncodedPair], first: int, count: int) -> torch.Tensor:
+    """Where the rows of users point before training: towards what their chosen responses say and the rejected ones do not.
+
+    Of each pair, the sum of the word embeddings of the chosen response minus that of the rejected one, past what both begin
+    with, at length 1; summed over a user's pairs; minus the mean over the users that have pairs, since what all prefer is the
+    model's own business. A row is then made of directions that the base model reads already: it learns to compare words with
+    the row, one rule for all users, where it would have to learn each random row by heart (which a model of two layers does not
+    within a thousand pairs).
+
+    Args:
+        words: embedding table of the vocabulary, [at least ``first``, hidden size].
+        pairs: to train on.
+        first: vocabulary id of the unknown row.
+        count: rows, the unknown one included.
+
+    Returns:
+        float32 [count, hidden size], rows of length 1; of users without pairs, and the unknown row, 0.
+    """
+    found = torch.zeros(count, words.shape[1])
+    with torch.no_grad():
+        for pair in pairs:
+            shared = pair.shared
+            difference = words[pair.chosen[shared:]].float().sum(0) - words[
+                pair.rejected[shared:]
+            ].float().sum(0)
+            found[pair.chosen[0] - first] += torch.nn.functional.normalize(difference.cpu(), dim=0)
+        found[0] = 0
+        known = found.norm(dim=1) > 0
+        if int(known.sum()) > 1:
+            found[known] -= found[known].mean(0)
+        return torch.nn.functional.normalize(found, dim=1)
 
 
 def take_out(model: PreTrainedModel, users: UserRows, betas: Sequence[float] = (0.9, 0.98)) -> RowTable:

@@ -32,7 +32,7 @@ from tagpr.prmu.model import Prmu
 from tagpr.prmu.packing import PACKINGS, EncodedPair, Packing, logits, pack, use_packing
 from tagpr.prmu.pairs import Split, pair_files, read_pairs, split_pairs
 from tagpr.prmu.peers import Peers, run_together
-from tagpr.prmu.rows import RowTable, put_back, take_out
+from tagpr.prmu.rows import NOISE, RowTable, preferred, put_back, take_out
 from tagpr.prmu.state import latest_state, restore_state, save_state
 from tagpr.schema import PreferencePair
 
@@ -41,6 +41,7 @@ logger = logging.getLogger("tagpr.prmu.train")
 LINE_EVERY_S = 10.0
 # Batches are cut from this many batches' worth of shuffled pairs sorted by length.
 BUCKET_BATCHES = 16
+ROW_INITS = ("preferences", "random")
 USER_ROWS = ("learned", "frozen", "none")
 
 RowsOf = Callable[[torch.Tensor], torch.Tensor]
@@ -106,7 +107,7 @@ def work(config: DictConfig) -> None:
             len(split.train), len(user_ids), len(split.seen_users), len(split.unseen_users),
             len({pair.user_id for pair in split.unseen_users}),
         )  # fmt: skip
-    training = prepare(settings, user_ids, seed)
+    training = prepare(settings, split.train, seed)
     folder = Path(config.run.dir)
     checkpoints = folder / "checkpoints"
     found = latest_state(checkpoints, made_from)
@@ -141,13 +142,14 @@ def work(config: DictConfig) -> None:
     peers.barrier()
 
 
-def prepare(settings: DictConfig, user_ids: Sequence[str], seed: int) -> Training:
-    """The model before its first update, on its device; weights are float32 whatever ``dtype``.
+def prepare(settings: DictConfig, pairs: Sequence[PreferencePair], seed: int) -> Training:
+    """The model before its first update on these pairs, on its device; weights are float32 whatever ``dtype``.
 
     bfloat16 is the precision of the forward and backward pass (autocast): with weights in bfloat16, updates of usual size
     would be lost in rounding.
     """
     torch.manual_seed(seed)
+    user_ids = sorted({pair.user_id for pair in pairs})
     device = torch.device(_device(settings.device))
     model, tokenizer, users = prmu_model.build(
         settings.init, [] if settings.user_rows == "none" else user_ids, row_std=settings.row_init_std,
@@ -160,7 +162,20 @@ def prepare(settings: DictConfig, user_ids: Sequence[str], seed: int) -> Trainin
         model.gradient_checkpointing_enable({"use_reentrant": False})
     precision = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
     prmu = Prmu(model, tokenizer, Encoder(tokenizer, users, settings.max_tokens), version="untrained")
+    if settings.row_init == "preferences" and settings.user_rows == "learned":
+        start_from_preferences(rows, prmu, pairs, settings.row_init_std)
     return Training(prmu, rows, device, precision)
+
+
+def start_from_preferences(
+    rows: RowTable, prmu: Prmu, pairs: Sequence[PreferencePair], row_std: float
+) -> None:
+    """Replace random rows by :func:`tagpr.prmu.rows.preferred` ones of the same length, with some of the randomness left."""
+    words = prmu.model.get_input_embeddings().weight
+    directions = preferred(words, encode_pairs(prmu.encoder, pairs), rows.first, len(rows.rows))
+    length = row_std * math.sqrt(rows.rows.shape[1])
+    known = directions.norm(dim=1) > 0
+    rows.rows[known] = length * directions[known].to(rows.rows.device) + NOISE * rows.rows[known]
 
 
 def finish(training: Training, settings: DictConfig, target: Path, manifest: str) -> str:
@@ -465,6 +480,7 @@ def _check(settings: DictConfig) -> None:
         ("dtype", ("float32", "bfloat16")),
         ("packing", PACKINGS),
         ("user_rows", USER_ROWS),
+        ("row_init", ROW_INITS),
     ):
         if settings[key] not in values:
             raise ConfigError(f"train_prmu.{key}={settings[key]}: unknown. Set one of {', '.join(values)}.")

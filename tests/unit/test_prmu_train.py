@@ -194,13 +194,14 @@ def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
         "train_prmu.epochs=1", "train_prmu.id_dropout=0.0", "train_prmu.weight_decay=0.5",
         "train_prmu.row_learning_rate=4e-3", "train_prmu.embedding_learning_rate=2e-3", "train_prmu.warmup=0.0",
     ).train_prmu  # fmt: skip
-    training = stage.prepare(settings, ["ann", "bob"], 0)
+    pairs = [pair(i, "ann") for i in range(8)]
+    training = stage.prepare(settings, [*pairs, pair(9, "bob")], 0)
     model, tokenizer, users = training.prmu.model, training.prmu.tokenizer, training.prmu.encoder.users
     table, rows = model.get_input_embeddings().weight, training.rows.rows
     assert len(table) == users.unknown_row
     before, rows_before = table.detach().clone(), rows.clone()
     norm_before = model.get_parameter("model.layers.0.self_attn.q_proj.weight").detach().norm()
-    assert stage.train(training, [pair(i, "ann") for i in range(8)], settings, 0) == 1
+    assert stage.train(training, pairs, settings, 0) == 1
     moved, rows_moved = (table.detach() - before).abs(), (rows - rows_before).abs()
     assert rows_moved[users.rows["bob"] - users.unknown_row].max() == 0
     assert rows_moved[0].max() == 0
@@ -215,24 +216,46 @@ def test_one_step_moves_only_rows_it_has_seen_and_never_decays_them(
 
 def test_dropped_ids_train_the_unknown_row(configure: Callable[..., Any]) -> None:
     settings = configure("train_prmu.epochs=1", "train_prmu.id_dropout=0.5").train_prmu
-    training = stage.prepare(settings, ["ann"], 0)
+    pairs = [pair(i, "ann") for i in range(16)]
+    training = stage.prepare(settings, pairs, 0)
     before = training.rows.rows.clone()
-    stage.train(training, [pair(i, "ann") for i in range(16)], settings, 0)
+    stage.train(training, pairs, settings, 0)
     assert ((training.rows.rows - before).abs().max(dim=1).values > 0).all(), (
         "both the unknown row and the user's have moved"
     )
 
 
+def test_rows_start_at_what_their_users_prefer(configure: Callable[..., Any]) -> None:
+    settings = configure("train_prmu.row_init_std=0.2").train_prmu
+    pairs = habit_pairs(users=4, each=3)
+    training = stage.prepare(settings, pairs, 0)
+    rows, users = training.rows.rows, training.prmu.encoder.users
+    words = training.prmu.model.get_input_embeddings().weight.detach()
+    boats, rain = (
+        words[training.prmu.tokenizer.encode(word, add_special_tokens=False)].sum(0)
+        for word in ("boats", "rain")
+    )
+    for user, row in users.rows.items():
+        likes_boats = torch.dot(rows[row - users.unknown_row], boats - rain) > 0
+        assert likes_boats == bool(int(user[1:]) % 2)
+        assert rows[row - users.unknown_row].norm() == pytest.approx(0.2 * 32**0.5, rel=0.3)
+    settings.row_init = "random"
+    assert torch.equal(stage.prepare(settings, pairs, 0).rows.rows[0], rows[0]), (
+        "the unknown row starts at random"
+    )
+
+
 def test_frozen_rows_stay_and_without_rows_everybody_is_unknown(configure: Callable[..., Any]) -> None:
     settings = configure("train_prmu.epochs=1", "train_prmu.user_rows=frozen").train_prmu
-    training = stage.prepare(settings, ["ann"], 0)
+    pairs = [pair(i, "ann") for i in range(16)]
+    training = stage.prepare(settings, pairs, 0)
     before = training.rows.rows.clone()
     head = training.prmu.model.get_parameter("score.weight").detach().clone()
-    stage.train(training, [pair(i, "ann") for i in range(16)], settings, 0)
+    stage.train(training, pairs, settings, 0)
     assert torch.equal(training.rows.rows, before)
     assert not torch.equal(training.prmu.model.get_parameter("score.weight"), head)
     settings.user_rows = "none"
-    without = stage.prepare(settings, ["ann"], 0)
+    without = stage.prepare(settings, pairs, 0)
     assert without.prmu.encoder.users.rows == {}
     assert len(without.rows.rows) == 1
 
@@ -246,7 +269,7 @@ def test_gradient_is_the_mean_over_the_batch_however_it_is_cut(
         ).train_prmu  # fmt: skip
         pairs = [pair(i, "ann", prompt="rain " * i) for i in range(10)] * copies
         path = tmp_path / f"{micro}-{copies}.jsonl"
-        stage.train(stage.prepare(settings, ["ann"], 0), pairs, settings, 0, MetricsLog(path, 0))
+        stage.train(stage.prepare(settings, pairs, 0), pairs, settings, 0, MetricsLog(path, 0))
         return float(json.loads(path.read_text())["data"]["prmu/gradient_norm"])
 
     whole = first_norm(32)
