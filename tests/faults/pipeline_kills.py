@@ -57,8 +57,8 @@ FAULTS = (
     "chains.simulated.slow_s=0.5",
 )
 ROLES = ("teacher", "judge", "tagger")
-# Requests that a driver may have under way: three models, sixteen each, and those on their way to the workers.
-MOST_IN_FLIGHT = 3 * (16 + 2)
+# Requests that a driver may have under way: three models, sixteen each, and as many waiting in the workers.
+MOST_IN_FLIGHT = 3 * (16 + 16)
 RUN_TIMEOUT_S = 300.0
 KEY_VARIABLE = "PIPELINE_KILLS_KEY"
 
@@ -163,7 +163,8 @@ class Job:
     def ledger(self) -> Path:
         return self.folder / "chains" / "ledger.sqlite"
 
-    def start(self) -> "subprocess.Popen[bytes]":
+    def start(self, *more: str, **environment: str) -> "subprocess.Popen[bytes]":
+        """Start the stage; ``more`` overrides, ``environment`` on top of the usual one."""
         models = [
             f"chains.{role}.{name}={value}"
             for role in ROLES
@@ -175,12 +176,29 @@ class Job:
         ]
         command = [
             sys.executable, "-m", "data_pipeline", f"paths.examples={self.examples}", f"paths.chains={self.folder / 'chains'}",
-            "chains.endpoint=openai", "~chains.preferences.extra_request.simulated_faults", *SMALL, *models,
+            "chains.endpoint=openai", "~chains.preferences.extra_request.simulated_faults", *SMALL, *models, *more,
         ]  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=self.environment | environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+
+    def fail(self, *more: str, **environment: str) -> str:
+        """It must end with status 2; returns its one line."""
+        before = len(self.log.read_text()) if self.log.exists() else 0
+        process = self.start(*more, **environment)
+        status = process.wait(RUN_TIMEOUT_S)
+        said = self.log.read_text()[before:]
+        assert status == 2, said[-3000:]
+        assert "Traceback" not in said
+        *_, last = said.splitlines()
+        assert last.startswith("error: ")
+        return last
 
     def finish(self) -> float:
         """Let it get through; returns the seconds it took."""
