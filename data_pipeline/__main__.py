@@ -49,8 +49,6 @@ from tagpr.tags import vocabulary_hash
 logger = logging.getLogger("data_pipeline")
 
 ROLES = ("teacher", "judge", "tagger")
-# Requests on their way between driver and worker, beyond those that the endpoint has, as a share of these.
-ON_THE_WAY = 0.1
 # Exit status of a run that has to be continued when the provider has answered its batches.
 WAITING_STATUS = 3
 
@@ -371,14 +369,14 @@ class Job:
         endpoints, now = {}, {}
         for role in ROLES:
             model = self._model(role)
-            ceiling = model.concurrency + max(2, round(ON_THE_WAY * model.concurrency))
             asker = Asker(
                 f"chains.{role}",
                 pools[role].attempt(role),
                 base_url=self._addresses[role][0],
                 key_variable=model.key_source,
                 retries=self._settings.retries,
-                limit=AdaptiveLimit(ceiling),
+                # As many again wait in the worker, so that the endpoint never waits for the driver.
+                limit=AdaptiveLimit(model.concurrency, ahead=model.concurrency),
                 budget=budget,
             )
             self.counts[role] = asker.counts
