@@ -1,7 +1,8 @@
 """The composite reward inside verl's reward loop (``reward.reward_manager``; paper section 3.4, S23-S28).
 
 Called once per response, concurrently; the client sends the responses that wait together in one request. A response whose
-PRMU score cannot be had raises: its group fails and ``FailClosedReplayBuffer`` stops the run. No path returns a reward that was not computed.
+PRMU score cannot be had raises: its group fails and ``FailClosedReplayBuffer`` stops the run. No path returns a reward that
+was not computed.
 """
 
 import time
