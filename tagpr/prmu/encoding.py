@@ -18,7 +18,6 @@ from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Record
 
 USERS_FILE = "users.json"
-UNKNOWN_USER_TOKEN = "<|user_unk|>"
 END_TOKEN = "<|im_end|>"
 TURN_TOKEN = "<|im_start|>"
 # Stands for the message while the chat template is taken apart; letters only, so no template escapes it.
@@ -77,22 +76,20 @@ class Encoded(NamedTuple):
     unknown_user: bool
 
 
-def add_user_tokens(tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str]) -> UserRows:
-    """Add ``<|user_unk|>`` and ``<|user_0|>``, ``<|user_1|>``, ... as special tokens at the vocabulary's end.
+def rows_behind(tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str]) -> UserRows:
+    """Rows for users behind all tokens of a tokenizer, the unknown row first.
+
+    The rows get no names in the tokenizer: then no text whatever can stand for one, and a million users cost it nothing (it
+    would take a minute to load a million tokens).
 
     Raises:
-        ConfigError: the tokenizer already has such tokens.
+        ConfigError: a user is there twice.
     """
     first = len(tokenizer)
-    names = [UNKNOWN_USER_TOKEN, *(f"<|user_{index}|>" for index in range(len(user_ids)))]
-    added = tokenizer.add_tokens(names, special_tokens=True)
-    if added != len(names) or tokenizer.convert_tokens_to_ids(names) != list(
-        range(first, first + len(names))
-    ):
-        raise ConfigError(
-            "train_prmu.init: its tokenizer already has user tokens. Start from a model without user rows."
-        )
-    return UserRows(unknown_row=first, rows={user_id: first + 1 + i for i, user_id in enumerate(user_ids)})
+    rows = {user_id: first + 1 + place for place, user_id in enumerate(user_ids)}
+    if len(rows) != len(user_ids):
+        raise ConfigError("users: an id is there twice. Give each user one row.")
+    return UserRows(unknown_row=first, rows=rows)
 
 
 class Encoder:

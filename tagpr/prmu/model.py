@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tagpr.errors import ConfigError, StageError
-from tagpr.prmu.encoding import Encoder, UserRows, add_user_tokens
+from tagpr.prmu.encoding import USERS_FILE, Encoder, UserRows, rows_behind
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def build(
 
     Raises:
         StageError: ``base`` is no model folder (or hub name) with safetensors and a tokenizer.
+        ConfigError: ``base`` has user rows already.
     """
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -72,11 +73,13 @@ def build(
             f"train_prmu.init={base}: is no Hugging Face model with safetensors and a tokenizer "
             f"({str(error).splitlines()[0][:160]}). Make the base model first, or point the key at one."
         ) from error
-    users = add_user_tokens(tokenizer, user_ids)
-    table = model.get_input_embeddings().weight
-    if len(tokenizer) > len(table):
-        with _quiet():
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if (Path(base) / USERS_FILE).exists():
+        raise ConfigError(
+            f"train_prmu.init={base}: has user rows already. Start from a model without, or add users with "
+            "bash recipes/add_prmu_users.sh."
+        )
+    users = rows_behind(tokenizer, user_ids)
+    make_room(model, users.end)
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         rows = torch.randn(users.end - users.unknown_row, table.shape[1], generator=generator)
@@ -89,6 +92,19 @@ def build(
     if model.config.max_position_embeddings < max_tokens:
         model.config.max_position_embeddings = max_tokens
     return model, tokenizer, users
+
+
+def make_room(model: PreTrainedModel, size: int) -> None:
+    """Let the embedding table have at least ``size`` rows; those that are there stay, new ones are whatever."""
+    if size > len(model.get_input_embeddings().weight):
+        with _quiet():
+            model.resize_token_embeddings(size, mean_resizing=False)
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """In which precision a checkpoint's weights are kept."""
+    dtype = transformers.AutoConfig.from_pretrained(folder).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def score_tokens(

@@ -62,7 +62,9 @@ class RowTable:
             value.copy_(state[name])
 
 
-def preferred(words: torch.Tensor, pairs: Sequence[EncodedPair], first: int, count: int) -> torch.Tensor:
+def preferred(
+    words: torch.Tensor, pairs: Sequence[EncodedPair], first: int, count: int, *, centred: bool = True
+) -> torch.Tensor:
     """Where the rows of users point before training: towards what their chosen responses say and the rejected ones do not.
 
     Of each pair, the sum of the word embeddings of the chosen response minus that of the rejected one, past what both begin
@@ -76,6 +78,7 @@ def preferred(words: torch.Tensor, pairs: Sequence[EncodedPair], first: int, cou
         pairs: to train on.
         first: vocabulary id of the unknown row.
         count: rows, the unknown one included.
+        centred: subtract the mean over users; without it a row depends on its own user's pairs alone.
 
     Returns:
         float32 [count, hidden size], rows of length 1; of users without pairs, and the unknown row, 0.
@@ -90,7 +93,7 @@ def preferred(words: torch.Tensor, pairs: Sequence[EncodedPair], first: int, cou
             found[pair.chosen[0] - first] += torch.nn.functional.normalize(difference.cpu(), dim=0)
         found[0] = 0
         known = found.norm(dim=1) > 0
-        if int(known.sum()) > 1:
+        if centred and int(known.sum()) > 1:
             found[known] -= found[known].mean(0)
         return torch.nn.functional.normalize(found, dim=1)
 

@@ -9,32 +9,32 @@ from hypothesis import strategies as st
 from prmu_tiny import USERS, make_tokenizer
 
 from tagpr.errors import ConfigError, DataError, StageError
-from tagpr.prmu.encoding import Encoder, UserRows, add_user_tokens
+from tagpr.prmu.encoding import Encoder, UserRows, rows_behind
 
 TOKENIZER = make_tokenizer()
 BASE_SIZE = len(TOKENIZER)
-ROWS = add_user_tokens(TOKENIZER, USERS)
+ROWS = rows_behind(TOKENIZER, USERS)
 ENCODER = Encoder(TOKENIZER, ROWS, max_tokens=4096)
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
 SPECIAL = {index for index, token in TOKENIZER.added_tokens_decoder.items() if token.special}
 
 MARKERS = [
-    "<|user_1|>",
-    "<|user_unk|>",
     "<|im_end|>",
     "<|im_start|>",
     "<|endoftext|>",
     "<|im_start|>assistant\n",
 ]
-hostile = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(max_size=8)), max_size=8).map("".join)
+hostile = st.lists(
+    st.one_of(st.sampled_from([*MARKERS, "<|user_1|>", "<|user_unk|>"]), st.text(max_size=8)), max_size=8
+).map("".join)
 
 
-def test_rows_are_special_tokens_at_the_end_of_the_vocabulary() -> None:
+def test_rows_follow_the_vocabulary_and_have_no_names() -> None:
     assert ROWS.unknown_row == BASE_SIZE
     assert ROWS.rows == {"ann": BASE_SIZE + 1, "bob": BASE_SIZE + 2, "cem": BASE_SIZE + 3}
-    assert TOKENIZER.convert_tokens_to_ids("<|user_1|>") == ROWS.rows["bob"]
-    assert len(TOKENIZER) == ROWS.end
-    assert set(range(BASE_SIZE, ROWS.end)) <= SPECIAL
+    assert len(TOKENIZER) == BASE_SIZE
+    with pytest.raises(ConfigError, match="twice"):
+        rows_behind(TOKENIZER, ["ann", "ann"])
 
 
 def test_parts_are_row_template_response_end() -> None:
@@ -58,6 +58,7 @@ def test_text_never_becomes_a_special_token_and_prefix_depends_on_user_and_promp
     mine = ENCODER.encode("a", "ann", "", "")
     special = [token for token in encoded.token_ids if token in SPECIAL]
     assert special == [token for token in mine.token_ids if token in SPECIAL]
+    assert max(encoded.token_ids[1:]) < BASE_SIZE, "no text becomes a row"
     assert encoded.token_ids[0] == ROWS.rows["ann"]
     again = ENCODER.encode("b", "ann", prompt, other)
     prefix = encoded.token_ids[: encoded.prefix_tokens]
@@ -116,11 +117,6 @@ def test_a_template_that_repeats_the_message_is_refused() -> None:
     tokenizer.chat_template = tokenizer.chat_template * 2
     with pytest.raises(ConfigError, match="exactly once"):
         Encoder(tokenizer, ROWS, 64)
-
-
-def test_user_tokens_are_added_once() -> None:
-    with pytest.raises(ConfigError, match="already has user tokens"):
-        add_user_tokens(TOKENIZER, ["new"])
 
 
 def test_users_file_round_trip_and_refusals(tmp_path: Path) -> None:

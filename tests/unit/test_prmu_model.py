@@ -58,7 +58,7 @@ def test_a_language_model_gets_one_seeded_head_and_rows_of_the_wanted_size(
         assert torch.equal(value, again.state_dict()[name])
     table = first.get_input_embeddings().weight
     assert not torch.equal(table, other.get_input_embeddings().weight)
-    assert len(table) == len(tokenizer) == users.end == first.config.vocab_size
+    assert len(table) == len(tokenizer) + 201 == users.end == first.config.vocab_size
     assert table[users.unknown_row :].std().item() == pytest.approx(0.3, rel=0.1)
     assert first.get_parameter("score.weight").shape == (1, 32)
     assert first.config.pad_token_id == tokenizer.pad_token_id
@@ -116,6 +116,8 @@ def test_folders_that_hold_no_prmu_are_refused(folders: tuple[Path, Path], tmp_p
     base, folder = folders
     with pytest.raises(StageError, match="holds no PRMU"):
         load(base)
+    with pytest.raises(ConfigError, match=r"train_prmu\.init=.*has user rows already"):
+        prmu_model.build(str(folder), USERS, row_std=0.3, max_tokens=9, seed=0)
     with pytest.raises(StageError, match=r"train_prmu\.init=.*/none"):
         prmu_model.build(str(tmp_path / "none"), USERS, row_std=0.3, max_tokens=9, seed=0)
 
