@@ -36,6 +36,7 @@ logger = logging.getLogger("reward_server")
 
 PARENT_POLL_S = 1.0
 SHUTDOWN_S = 10
+KEEP_ALIVE_S = 65
 ANNOUNCE_EVERY_S = 2.0
 
 
@@ -177,6 +178,8 @@ async def _serve(
             log_level="warning",
             server_header=False,
             limit_concurrency=max_connections,
+            # Longer than clients keep idle connections: who closes first must not be the one that is written to.
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=SHUTDOWN_S,
             ws="none",
         )

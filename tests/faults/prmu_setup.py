@@ -24,25 +24,7 @@ from tagpr.prmu.client import RewardClient  # noqa: E402
 from tagpr.prmu.wire import Address, ScoreItem, read_address, read_token  # noqa: E402
 from tagpr.schema import PrmuScore  # noqa: E402
 
-WORDS = [
-    "the",
-    "user",
-    "likes",
-    "short",
-    "titles",
-    "about",
-    "boats",
-    "and",
-    "rain",
-    "so",
-    "which",
-    "tag",
-    "does",
-    "this",
-    "movie",
-    "relate",
-    "to",
-]
+WORDS = ["the", "user", "likes", "short", "titles", "about", "boats", "and", "rain", "which", "tag", "movie"]
 # What a run of the service here takes to notice a fault, next to what it waits for in production.
 QUICK = ("health_every_s=0.5", "health_timeout_s=2", "health_failures=2", "start_timeout_s=120")
 
