@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,10 +53,8 @@ ROLES = ("teacher", "judge", "tagger")
 WAITING_STATUS = 3
 
 
-def run(config: DictConfig, overrides: Sequence[str] = ()) -> None:
+def run(config: DictConfig) -> None:
     """Make chains and preference pairs from the training examples; again with the same settings: do nothing.
-
-    ``overrides`` are the command line, for a job that is submitted to a cluster.
 
     Raises:
         ConfigError: a setting is wrong, or an API key is not there.
@@ -72,9 +70,6 @@ def run(config: DictConfig, overrides: Sequence[str] = ()) -> None:
     if in_this_job(settings, "teacher"):
         settings = _own_teacher(settings)
     prompts = Prompts.load(settings)
-    if settings.ray.submit is not None:
-        cluster.submit(settings.ray.submit, [*overrides, *_absolute(config)])
-        return
     source = examples_file(config.paths.examples, "train")
     if not source.is_file():
         raise StageError(
@@ -537,24 +532,6 @@ def _check_ledger(ledger: Ledger, now: dict[str, Any], settings: ChainSettings) 
     ledger.set_note("paid_for", json.dumps({**before, **now}))
 
 
-def _absolute(config: DictConfig) -> list[str]:
-    """Overrides for a job that runs in another folder: every path of this command as it is seen from here, made absolute."""
-    keys = [f"paths.{name}" for name in config.paths]
-    keys += ["run.outputs", "tags.vocabulary", "chains.ledger", "chains.tokenizer", "benchmark.dir"]
-    keys += [f"chains.prompts.{name}" for name in config.chains.prompts]
-    keys += [f"chains.{role}.key_file" for role in ROLES]
-    found = []
-    for key in keys:
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, str) or value.startswith("pkg://"):
-            continue
-        if key == "chains.tokenizer" and not Path(value).exists():
-            continue
-        path = str(Path(value).expanduser().absolute())
-        found.append(f"{key}={json.dumps(path)}")
-    return [*found, "chains.ray.submit=null"]
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -602,4 +579,4 @@ def _token_counter(name: str) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
-    main("build_chains", lambda config: run(config, sys.argv[1:]))
+    main("build_chains", run)

@@ -96,7 +96,6 @@ class RaySettings(Settings):
     """The Ray that the job runs on."""
 
     address: str | None
-    submit: str | None
     cpus: int | None = Field(gt=0)
     dashboard: bool
 

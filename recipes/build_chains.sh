@@ -2,7 +2,7 @@
 # Teacher chains, filtered by accuracy and by a judge, tagged; preference pairs for PRMU (outputs/chains).
 #   bash recipes/build_chains.sh chains.rollouts=8
 #   bash recipes/build_chains.sh status                                        what a running or stopped job has done
-#   bash recipes/build_chains.sh chains.ray.submit=http://head:8265 ...        as a Ray job of a cluster
+#   bash recipes/build_chains.sh launch.submit=http://head:8265 ...        as a Ray job of a cluster
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 if [[ ${1:-} == status ]]; then

@@ -21,8 +21,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from tagpr.configuration import compose
+from tagpr.configuration import compose, export, resolve
+from tagpr.dry_run import dry_run
 from tagpr.errors import ConfigError, StageError, TagPRError
+from tagpr.ray_jobs import absolute_overrides, forwarded, submit
 
 logger = logging.getLogger("tagpr")
 
@@ -196,6 +198,30 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
+def submit_stage(stage: str, overrides: Sequence[str], config: DictConfig) -> int:
+    """Run a stage as a job of the cluster at ``launch.submit``; the job's exit status.
+
+    Raises:
+        ConfigError: what would travel carries a secret, or a setting is wrong.
+        StageError: the cluster cannot be used.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    absolute = absolute_overrides(config)
+    export(resolve(config))
+    # Where the job runs is for its cluster to say.
+    kept = [
+        each for each in overrides if not each.lstrip("+~").startswith(("launch.submit=", "launch.address="))
+    ]
+    on_gpus = stage == "sft" and config.trainer.device == "cuda"
+    return submit(
+        config.launch.submit,
+        stage,
+        [*kept, *absolute],
+        environment=forwarded(config.launch.environment),
+        gpus=config.trainer.n_gpus_per_node if on_gpus else config.launch.gpus,
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """``python -m tagpr <stage> [key=value ...]``; returns the exit status."""
     # A scheduler's SIGTERM is treated like a person's interrupt: what was started is ended.
@@ -207,6 +233,14 @@ def main(arguments: Sequence[str]) -> int:
         stage, overrides = arguments[0], list(arguments[1:])
         if "--cfg" in overrides:
             os.execv(sys.executable, Job(stage, tuple(overrides)).command())
+        if "--dry-run" in overrides:
+            overrides.remove("--dry-run")
+            *before, _ = plan(stage, overrides)
+            print_line(dry_run(stage, overrides, [job.stage for job in before]))
+            return 0
+        config = compose(stage, overrides)
+        if OmegaConf.select(config, "launch.submit") is not None:
+            return submit_stage(stage, overrides, config)
         jobs = plan(stage, overrides)
         *before, last = jobs
         if before:

@@ -1,6 +1,8 @@
 """Settings that verl would take and that cannot be meant. Each is refused before anything slow starts."""
 
+import json
 import math
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -68,6 +70,7 @@ def check(config: DictConfig) -> None:
             f"reward.reward_manager.name={config.reward.reward_manager.name}: the composite reward lives in "
             "TagPRRewardManager. Leave this key alone and set objective.* instead."
         )
+    check_division(config)
     objective = config.objective
     if objective.mode not in ("guided", "exploratory"):
         raise ConfigError(
@@ -78,3 +81,108 @@ def check(config: DictConfig) -> None:
             raise ConfigError(
                 f"objective.{key}={objective[key]}: reward weights are finite and not negative."
             )
+    if (
+        trainer.nnodes > 1
+        and objective.mode == "guided"
+        and objective.gamma
+        and config.prmu_client.url is None
+    ):
+        raise ConfigError(
+            f"prmu_client.url=null: trainer.nnodes={trainer.nnodes}, and a reward server of this run's own listens on loopback, "
+            "where other nodes cannot reach it. Start one (bash recipes/serve_prmu.sh) and give its URL."
+        )
+    if config.launch.preflight not in ("auto", True, False):
+        raise ConfigError(f"launch.preflight={config.launch.preflight}: unknown. Use auto, true or false.")
+
+
+def check_division(config: DictConfig) -> None:
+    """Refuse batches that do not divide over the GPUs, and budgets of tokens that no response fits into.
+
+    Raises:
+        ConfigError: naming the key, the numbers and what to do.
+    """
+    actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+    nodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    if nodes < 1 or per_node < 1:
+        raise ConfigError(
+            f"trainer.nnodes={nodes}, trainer.n_gpus_per_node={per_node}: nobody to train. Use 1 or more of each."
+        )
+    world = nodes * per_node
+    parallel = rollout.tensor_model_parallel_size
+    if per_node % parallel:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}: does not divide trainer.n_gpus_per_node="
+            f"{per_node}. Use a divisor: a rollout engine stays on one node."
+        )
+    sequence_parallel = actor.ulysses_sequence_parallel_size
+    if world % sequence_parallel:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={sequence_parallel}: does not divide the {world} GPUs. Use "
+            "a divisor."
+        )
+    shards = world // sequence_parallel
+    for key, prompts in (
+        ("data.train_batch_size", data.train_batch_size),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", actor.ppo_mini_batch_size),
+    ):
+        if prompts * rollout.n % shards:
+            raise ConfigError(
+                f"{key}={prompts}: {prompts} x {rollout.n} responses do not divide over {shards} data-parallel workers. Use a "
+                f"multiple of {shards // math.gcd(shards, rollout.n)}."
+            )
+    longest = data.max_prompt_length + data.max_response_length
+    budgets = [
+        (
+            "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+            actor.ppo_max_token_len_per_gpu,
+            actor.use_dynamic_bsz,
+        )
+    ]
+    budgets.append(
+        (
+            "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+            rollout.log_prob_max_token_len_per_gpu,
+            rollout.log_prob_use_dynamic_bsz,
+        )
+    )
+    for key, budget, used in budgets:
+        if used and budget * sequence_parallel < longest:
+            raise ConfigError(
+                f"{key}={budget}: less than the {longest} tokens of the longest prompt and response "
+                "(benchmark.max_prompt_tokens + benchmark.max_response_tokens). Raise it."
+            )
+
+
+def check_context(config: DictConfig) -> None:
+    """Give the rollout engine the context that prompt and response need, where none is set.
+
+    Raises:
+        ConfigError: the model's own context is shorter.
+    """
+    rollout, benchmark = config.actor_rollout_ref.rollout, config.benchmark
+    if rollout.max_model_len is None:
+        rollout.max_model_len = config.data.max_prompt_length + config.data.max_response_length
+    description = Path(config.actor_rollout_ref.model.path) / "config.json"
+    if not description.is_file():
+        return
+    context = json.loads(description.read_text("utf-8")).get("max_position_embeddings")
+    if context is not None and rollout.max_model_len > context:
+        raise ConfigError(
+            f"benchmark.max_prompt_tokens={benchmark.max_prompt_tokens}, "
+            f"benchmark.max_response_tokens={benchmark.max_response_tokens}: more than the {context} tokens of context of "
+            f"{config.actor_rollout_ref.model.path}. Lower one of them."
+        )
+
+
+def schedule(config: DictConfig, prompts: int) -> tuple[int, int]:
+    """Steps per epoch and in all; the last, incomplete batch of an epoch is left out, as verl does (S30, S31).
+
+    Raises:
+        ConfigError: there are fewer prompts than one batch takes.
+    """
+    per_epoch = prompts // config.data.train_batch_size
+    if per_epoch == 0:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
+        )
+    return per_epoch, config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs

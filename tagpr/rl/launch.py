@@ -3,9 +3,9 @@
 Guided and exploratory RL differ in ``objective.mode`` and in the model they start from, nothing else (paper section 3.4).
 """
 
-import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +18,21 @@ from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
 from tagpr.dense_retrieval import install
-from tagpr.errors import ConfigError, RewardServerError, StageError
+from tagpr.errors import RewardServerError, StageError
+from tagpr.local_ray import local_ray, prepare_environment
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
 from tagpr.prmu.model import content_version
 from tagpr.prmu.wire import read_token
-from tagpr.rl.checks import check
+from tagpr.ray_jobs import connected, forwarded, use_token_if_there_is_one
+from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.data import draw, examples_of, write_rows
+from tagpr.rl.preflight import Wanted, preflight
 from tagpr.runs import (
     check_model_folder,
     check_tags_of,
+    file_hash,
+    installed_versions,
     manifest,
     write_json_atomically,
     write_text_atomically,
@@ -37,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 # How long a reward server that should be there already may take to answer.
 CONNECT_DEADLINE_S = 30.0
+# Free on every node, for the libraries alone: the CPU path's workers on tiny models, or loading a model beside CUDA's.
+LEAST_MEMORY_GIB = {"cpu": 2.0, "cuda": 16.0}
+# For Ray's logs and objects that leave memory.
+LEAST_DISK_GIB = 5.0
 RECIPES = {"guided": "sft.sh", "exploratory": "guided_rl.sh"}
 
 
@@ -55,7 +64,7 @@ def run(config: DictConfig) -> None:
     check_tags_of(Path(start_model).parent, "actor_rollout_ref.model.path")
     run_dir = Path(config.run.dir)
     model = run_dir / "model"
-    fit_context(config)
+    check_context(config)
     steps_file = run_dir / "finished.json"
     if model.is_dir() and steps_file.is_file():
         logger.info(
@@ -92,6 +101,7 @@ def run(config: DictConfig) -> None:
         library_output_to(run_dir / "driver.log", config.run.verbose),
         ray_cluster(config),
     ):
+        look_before(config)
         train_or_name_the_fault(config)
 
     # 3. Hand over
@@ -104,39 +114,6 @@ def run(config: DictConfig) -> None:
         export_model(last[1] / "actor", model)
     write_json_atomically(steps_file, {"step": last[0]})
     logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
-
-
-def schedule(config: DictConfig, prompts: int) -> tuple[int, int]:
-    """Steps per epoch and in all; the last, incomplete batch of an epoch is left out, as verl does (S30, S31).
-
-    Raises:
-        ConfigError: there are fewer prompts than one batch takes.
-    """
-    per_epoch = prompts // config.data.train_batch_size
-    if per_epoch == 0:
-        raise ConfigError(
-            f"data.train_batch_size={config.data.train_batch_size}: larger than the {prompts} prompts. Lower it."
-        )
-    return per_epoch, config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs
-
-
-def fit_context(config: DictConfig) -> None:
-    """Give the rollout engine the context that prompt and response need, where none is set.
-
-    Raises:
-        ConfigError: the model's own context is shorter.
-    """
-    rollout, benchmark = config.actor_rollout_ref.rollout, config.benchmark
-    if rollout.max_model_len is None:
-        rollout.max_model_len = config.data.max_prompt_length + config.data.max_response_length
-    description = Path(config.actor_rollout_ref.model.path) / "config.json"
-    context = json.loads(description.read_text("utf-8")).get("max_position_embeddings")
-    if context is not None and rollout.max_model_len > context:
-        raise ConfigError(
-            f"benchmark.max_prompt_tokens={benchmark.max_prompt_tokens}, "
-            f"benchmark.max_response_tokens={benchmark.max_response_tokens}: more than the {context} tokens of context of "
-            f"{config.actor_rollout_ref.model.path}. Lower one of them."
-        )
 
 
 def make_paths_absolute(config: DictConfig) -> None:
@@ -230,13 +207,16 @@ def reward_server(config: DictConfig) -> Iterator[None]:
 
 @contextmanager
 def ray_cluster(config: DictConfig) -> Iterator[None]:
-    """Ray while the body runs: the cluster of ``RAY_ADDRESS``, else one of this process's own.
+    """Ray while the body runs: the cluster at ``launch.address``, else one of this process's own, on loopback.
 
     Raises:
-        StageError: on a machine without a GPU, verl did not take the CPU platform.
+        StageError: on a machine without a GPU, verl did not take the CPU platform; or there is no such cluster.
     """
-    import ray
-
+    # Ray reads its own variables when it is imported, which verl does.
+    if config.launch.address is None:
+        prepare_environment()
+    else:
+        use_token_if_there_is_one()
     # Raises what verl's entry-point loading would swallow.
     import tagpr.cpu_platform.platform  # noqa: F401
 
@@ -256,14 +236,48 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
     asked = arguments.pop("runtime_env", None) or {}
     runtime_env = {**get_ppo_ray_runtime_env(config), **asked}
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment, **asked.get("env_vars", {})}
-    if os.environ.get("RAY_ADDRESS"):
-        # The cluster has its own resources.
-        arguments = {"address": "auto"}
-    ray.init(**arguments, runtime_env=runtime_env)
-    try:
+    address = config.launch.address
+    if address is not None:
+        # The cluster has its own resources, and its own dashboard.
+        runtime_env.pop("working_dir", None)
+        with connected(address, environment, runtime_env=runtime_env):
+            yield
+        return
+    cpus, dashboard = arguments.pop("num_cpus", None), arguments.pop("include_dashboard", False)
+    # verl moves rollouts through the object store: as large as Ray makes it.
+    with local_ray(
+        cpus, dashboard=dashboard, object_store_bytes=None, quiet=False, runtime_env=runtime_env, **arguments
+    ):
         yield
-    finally:
-        ray.shutdown()
+
+
+def look_before(config: DictConfig) -> None:
+    """Preflight of every node, as ``launch.preflight`` wants it.
+
+    Raises:
+        StageError: a node lacks something; nothing has been started on it.
+    """
+    import ray
+
+    alive = sum(node["Alive"] for node in ray.nodes())
+    if config.launch.preflight is False or (config.launch.preflight == "auto" and alive == 1):
+        return
+    trainer, client = config.trainer, config.prmu_client
+    on_gpus = trainer.device != "cpu"
+    models = {"actor_rollout_ref.model.path": config.actor_rollout_ref.model.path}
+    wanted = Wanted(
+        versions=installed_versions(),
+        device=trainer.device,
+        gpus=trainer.n_gpus_per_node,
+        shared=[config.run.dir, config.trainer.default_local_dir],
+        nonce=secrets.token_hex(16),
+        models={key: model for key, model in models.items() if Path(model).exists()},
+        files={path: file_hash(Path(path)) for path in exported().values()},
+        reward=(client.url, client.token_file, client.version) if "version" in client else None,
+        memory_gib=LEAST_MEMORY_GIB["cuda" if on_gpus else "cpu"],
+        disk_gib=LEAST_DISK_GIB,
+    )
+    preflight(wanted, nodes=trainer.nnodes)
 
 
 def environment_of_workers(config: DictConfig) -> dict[str, str]:
@@ -273,7 +287,7 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
         "TENSORBOARD_DIR": str(Path(config.run.dir) / "tensorboard"),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
-        **exported(),
+        **forwarded(config.launch.environment),
     }
     if config.trainer.device == "cpu":
         environment |= {

@@ -10,7 +10,7 @@ import tagpr.config
 from tagpr.benchmarks.tasks import all_tasks
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError
-from tagpr.rl.checks import check
+from tagpr.rl.checks import check, schedule
 
 FOLDER = Path(tagpr.config.__file__).parent
 # Stage files are those that choose a setting; the other files at the top are parts of them.
@@ -117,8 +117,6 @@ def test_the_papers_sft_setting() -> None:
 
 @pytest.mark.parametrize(("stage", "epochs", "steps"), [("guided_rl", 13, 845), ("exploratory_rl", 2, 130)])
 def test_the_papers_rl_setting_takes_65_steps_an_epoch(stage: str, epochs: int, steps: int) -> None:
-    from tagpr.rl.launch import schedule
-
     config = resolve(compose(stage, ["setting=paper", "rl_hardware=gpu"]))
     prompts = sum(config.benchmark.rl_rows.values())
     assert prompts == 8320

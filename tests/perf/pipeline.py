@@ -104,7 +104,7 @@ def driver(url: str, units: int, workers: int, result: Path) -> None:
     from data_pipeline.settings import RaySettings
 
     with tempfile.TemporaryDirectory() as folder:
-        with ray_running(RaySettings(address=None, submit=None, cpus=1, dashboard=False)):
+        with ray_running(RaySettings(address=None, cpus=1, dashboard=False)):
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 made = runner.run(drive(url, units, Path(folder), workers))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
