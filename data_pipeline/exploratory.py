@@ -19,7 +19,7 @@ from data_pipeline.endpoint import Unit, for_each
 from data_pipeline.json_reply import read_object
 from data_pipeline.pieces import Span, cut, numbered, place_spans
 from data_pipeline.prompts import PromptTemplate
-from data_pipeline.selection import interleave, shuffled
+from data_pipeline.selection import Candidate, interleave, shuffled
 from data_pipeline.settings import ChainSettings
 from data_pipeline.tagging import Ask
 from tagpr.chat.structured import Structured, structured_request
@@ -206,7 +206,7 @@ async def explore(
     )
 
 
-def draw_chains(chains: Sequence[Chain], wanted: float, seed: int) -> list[Chain]:
+def draw_chains(chains: Sequence[Candidate], wanted: float, seed: int) -> list[Candidate]:
     """A random subset, the tasks in turn: a share of all chains for ``wanted`` up to 1, else that many."""
     number = round(wanted * len(chains)) if wanted <= 1 else round(wanted)
     return interleave(shuffled(chains, lambda chain: chain.id, seed), lambda chain: chain.task)[:number]
