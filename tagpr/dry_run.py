@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from tagpr.configuration import compose, export, resolve
 from tagpr.errors import ConfigError
 from tagpr.model_shapes import Shape, read_shape
 from tagpr.rl.checks import check, check_context, schedule
-from tagpr.rl.hardware import chosen
+from tagpr.rl.hardware import chosen, local_gpus
 from tagpr.runs import complete_lines
 
 GIB = 2**30
@@ -69,16 +68,6 @@ def dry_run(stage: str, overrides: Sequence[str], first: Sequence[str] = ()) -> 
         sections += _evaluation(config)
     sections.append(_files(stage, config, first))
     return "\n\n".join(str(section) for section in sections)
-
-
-def local_gpus() -> list[float]:
-    """Memory (GiB) of each NVIDIA GPU of this machine, by ``nvidia-smi``; [] without one."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [float(line) / 1024 for line in done.stdout.split() if line.strip().isdigit()]
 
 
 # configuration

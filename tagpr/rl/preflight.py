@@ -15,6 +15,7 @@ from typing import Any
 
 from tagpr.errors import ConfigError, DataError, RewardServerError, StageError
 from tagpr.model_shapes import read_header
+from tagpr.rl.hardware import local_gpus
 from tagpr.runs import file_hash, installed_versions
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def _platform(wanted: Wanted) -> list[Fault]:
                 )
             ]
         return []
-    devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    devices = len(local_gpus())
     if devices < wanted.gpus:
         return [
             Fault(
