@@ -18,6 +18,7 @@ import psutil
 import torch
 import uvicorn
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 
 from reward_server.app import Admin, Limits, create_app
 from reward_server.batching import Batcher
@@ -194,7 +195,13 @@ def _load(config: DictConfig, folder: Path) -> Served:
     torch.set_num_threads(server.threads)
     engine: Engine
     if name == "transformers":
-        prmu = load(folder, max_tokens=server.max_tokens, device=device, dtype=server.dtype)
+        try:
+            prmu = load(folder, max_tokens=server.max_tokens, device=device, dtype=server.dtype)
+        except (SafetensorError, RuntimeError) as error:  # torn weights, or weights of another shape
+            raise StageError(
+                f"{folder}: its weights cannot be loaded ({str(error).splitlines()[0][:160]}). "
+                "Run bash recipes/train_prmu.sh again."
+            ) from error
         encoder, version = prmu.encoder, prmu.version
         if server.prefix_cache and shares_prefixes(prmu):
             engine = PrefixEngine(prmu, server.batch_tokens, int(server.kv_cache_gib * 2**30))

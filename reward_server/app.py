@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 KNOWN_FIELDS = {*ScoreRequest.model_fields, *ScoreItem.model_fields, *SwapRequest.model_fields}
 SWAP_BODY_BYTES = 4096
+# Times the size limit: a larger body is not even received.
+DRAIN = 4
 
 
 @dataclass(frozen=True)
@@ -205,16 +207,25 @@ async def _scores(served: Served, asked: ScoreRequest) -> ScoreResponse:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    """The body, given up as soon as it is known to be too large."""
+    """The body, given up as soon as it is known to be too large.
+
+    What is only somewhat too large is received and dropped, as a client that is still sending would never see the answer.
+    """
     declared = request.headers.get("content-length", "")
     too_large = _Refused(413, "body_too_large", f"body is larger than {limit} bytes")
-    if declared.isdecimal() and int(declared) > limit:
+    size = int(declared) if declared.isdecimal() else 0
+    if size > DRAIN * limit:
         raise too_large
     body = bytearray()
+    received = 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
+        received += len(chunk)
+        if received > DRAIN * limit:
             raise too_large
+        if max(received, size) <= limit:
+            body += chunk
+    if max(received, size) > limit:
+        raise too_large
     return bytes(body)
 
 

@@ -42,19 +42,12 @@ from tagpr.prmu import model as prmu_model  # noqa: E402
 from tagpr.prmu.wire import ScoreItem  # noqa: E402
 
 PROMPT_TOKENS, GROUP = 1400, 5
-WORDS = [
-    " the",
-    " user",
-    " likes",
-    " short",
-    " titles",
-    " about",
-    " boats",
-    " and",
-    " rain",
-    " which",
-    " movie",
-]
+TOKENIZER = make_tokenizer()
+CANDIDATES = (
+    "the user likes short titles about boats and rain so which tag does this movie relate to among these"
+)
+# One token each, so that as many words are as many tokens.
+WORDS = [f" {word}" for word in CANDIDATES.split() if len(TOKENIZER.encode(f" {word}")) == 1]
 
 PEER = """
 import sys, torch, uvicorn
@@ -90,7 +83,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
 
 def make_model(folder: Path) -> Path:
     """About 40 million parameters, almost all of them in the layers."""
-    tokenizer = make_tokenizer()
+    tokenizer = TOKENIZER
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
