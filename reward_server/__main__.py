@@ -73,8 +73,9 @@ def run(config: DictConfig) -> None:
 def _serve_here(config: DictConfig, token: str, token_file: str | None) -> None:
     server, run_dir = config.server, Path(config.run.dir)
     limits = Limits(
-        server.max_body_bytes, server.max_items, server.max_pending_items, server.request_timeout_s
-    )
+        server.max_body_bytes, server.max_items, server.max_pending_items, server.request_timeout_s,
+        server.max_item_characters,
+    )  # fmt: skip
     admin = _admin(config, token)
     listener = _listen(server.host, server.port)
     check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")

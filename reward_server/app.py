@@ -61,6 +61,7 @@ class Limits:
     items: int
     pending_items: int
     request_timeout_s: float
+    item_characters: int
 
 
 class _Refused(Exception):
@@ -157,6 +158,7 @@ def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | N
             async with asyncio.timeout(limits.request_timeout_s):
                 asked = _parse(ScoreRequest, await _read(request, limits.body_bytes))
                 with admission(len(asked.items)), serving.lease() as served:
+                    _check_lengths(asked, limits.item_characters)
                     answer = await _scores(served, asked)
         except TimeoutError:
             late = f"no answer within {limits.request_timeout_s:g} s; try again"
@@ -240,6 +242,15 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         # The field's place and the kind of error; pydantic's own message could quote the body.
         place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in KNOWN_FIELDS)
         raise _Refused(422, "malformed", f"{place or 'body'}: {first['type']}") from None
+
+
+def _check_lengths(asked: ScoreRequest, limit: int) -> None:
+    """Before any text is tokenized, which takes a hundred times its memory."""
+    for item in asked.items:
+        length = len(item.prompt) + len(item.response)
+        if length > limit:
+            message = f"item {item.id}: {length} characters, more than the limit of {limit}"
+            raise _Refused(422, "unusable_item", message, item.id)
 
 
 def _encode(encoder: Encoder, items: list[ScoreItem]) -> list[Encoded]:

@@ -32,7 +32,7 @@ from tagpr.prmu.wire import NOT_FINITE, ScoreItem, read_address, read_token
 
 TOKEN = "0123456789abcdef"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
-LIMITS = Limits(body_bytes=20_000, items=8, pending_items=12, request_timeout_s=5.0)
+LIMITS = Limits(body_bytes=20_000, items=8, pending_items=12, request_timeout_s=5.0, item_characters=10_000)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,9 @@ def test_too_long_and_too_many_items_are_refused(serve: Any, engine: FakeEngine)
     assert answer.json()["item"] == "row1"
     assert "more than the limit of 512" in answer.json()["message"]
     assert serve(lambda http: post(http, *(item(i) for i in range(9)))).status_code == 413
+    long = serve(lambda http: post(http, item(0), item(1, prompt="x" * 9_000, response="y" * 1_001)))
+    assert (long.status_code, long.json()["item"]) == (422, "row1")
+    assert "10001 characters, more than the limit of 10000" in long.json()["message"]
     assert engine.batches == []
 
 
@@ -283,7 +286,10 @@ def test_an_engine_that_hangs_is_a_503_and_bad_health(serve: Any, engine: FakeEn
         assert (await post(http, item())).status_code == 200
         assert (await http.get("/health")).status_code == 200
 
-    serve(hang, Limits(body_bytes=20_000, items=8, pending_items=8, request_timeout_s=0.3))
+    serve(
+        hang,
+        Limits(body_bytes=20_000, items=8, pending_items=8, request_timeout_s=0.3, item_characters=10_000),
+    )
     assert sum(engine.batches) <= 3
 
 

@@ -21,7 +21,7 @@ from tagpr.prmu.model import Prmu, load
 TOKEN, ADMIN_TOKEN = "0123456789abcdef", "fedcba9876543210"
 AUTH = {"authorization": f"Bearer {TOKEN}"}
 ADMIN = {"authorization": f"Bearer {ADMIN_TOKEN}"}
-LIMITS = Limits(body_bytes=20_000, items=8, pending_items=200, request_timeout_s=5.0)
+LIMITS = Limits(body_bytes=20_000, items=8, pending_items=200, request_timeout_s=5.0, item_characters=10_000)
 
 
 @pytest.fixture(scope="module")
