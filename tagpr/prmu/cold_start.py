@@ -82,7 +82,7 @@ def fit_rows(
                 encoder.encode(pair.id, user, pair.prompt, text).token_ids
                 for text in (pair.chosen, pair.rejected)
             )
-            encoded.append(EncodedPair(*both).with_row(place))
+            encoded.append(EncodedPair(*both).with_row(encoder.users.end + place))
             owner.append(place)
     owners = torch.tensor(owner, device=model.device)
     counts = torch.bincount(owners, minlength=len(users)).float()
@@ -100,7 +100,7 @@ def fit_rows(
             for first in range(0, len(encoded), settings.micro_batch_size):
                 part = encoded[first : first + settings.micro_batch_size]
                 batch = pack(part, packing, encoder.pad_token_id).to(model.device)
-                values = logits(model, batch, leaf[batch.users])
+                values = logits(model, batch, leaf[batch.users - encoder.users.end])
                 margins = values[: len(part)] - values[len(part) :]
                 weight = 1 / counts[owners[first : first + len(part)]]
                 (-logsigmoid(margins) * weight).sum().backward()
@@ -120,9 +120,8 @@ def starts(prmu: Prmu, encoded: Sequence[EncodedPair], count: int) -> torch.Tens
     users = prmu.encoder.users
     learned = weight[users.unknown_row + 1 : users.end]
     unknown = weight[users.unknown_row]
-    # ``preferred`` keeps its row 0 for the unknown user, who has no pairs here.
-    shifted = [pair.with_row(pair.chosen[0] + 1) for pair in encoded]
-    directions = preferred(weight, shifted, 0, count + 1, centred=False)[1:].to(weight.device)
+    # ``preferred`` keeps its row 0 for an unknown user, who has no pairs here.
+    directions = preferred(weight, encoded, users.end - 1, count + 1, centred=False)[1:].to(weight.device)
     length = learned.norm(dim=1).mean() if len(learned) else unknown.norm()
     return length * directions + (learned.mean(0) if len(learned) else unknown)
 
@@ -139,6 +138,7 @@ def add_users(prmu: Prmu, source: Path, rows: Mapping[str, torch.Tensor], target
             raise DataError(f"user {user}: has a row already. Leave it out.")
     more = UserRows(
         unknown_row=users.unknown_row,
+        place=users.place,
         rows={**users.rows, **{user: users.end + place for place, user in enumerate(rows)}},
     )
     prmu_model.make_room(prmu.model, more.end)
@@ -208,6 +208,7 @@ def margins_with(
     """Margins of pairs, with these rows for the users that have one here, else the checkpoint's own or the unknown one."""
     model, encoder = prmu.model.eval(), prmu.encoder
     weight = model.get_input_embeddings().weight
+    names, end = list(rows), encoder.users.end
     packing: Packing = settings.packing
     use_packing(model, packing)
     margins: list[float] = []
@@ -215,25 +216,21 @@ def margins_with(
         with torch.no_grad():
             for first in range(0, len(pairs), settings.micro_batch_size):
                 part = pairs[first : first + settings.micro_batch_size]
-                encoded = [
-                    EncodedPair(
-                        *(
-                            encoder.encode(pair.id, pair.user_id, pair.prompt, text).token_ids
-                            for text in (pair.chosen, pair.rejected)
-                        )
+                encoded = []
+                for pair in part:
+                    both = (
+                        encoder.encode(pair.id, pair.user_id, pair.prompt, text).token_ids
+                        for text in (pair.chosen, pair.rejected)
                     )
-                    for pair in part
-                ]
+                    each = EncodedPair(*both)
+                    # Given rows stand behind the checkpoint's, for as long as this takes.
+                    given = pair.user_id in rows
+                    encoded.append(each.with_row(end + names.index(pair.user_id)) if given else each)
                 batch = pack(encoded, packing, encoder.pad_token_id).to(model.device)
-                repeats = len(batch.users) // len(part)
-                # shared_prefix has one user row a pair; padding_free has chosen's and rejected's in turn.
-                owners = [pair.user_id for pair in part for _ in range(repeats)]
-                if packing == "padded":
-                    owners = [pair.user_id for pair in part] * 2
                 own = torch.stack(
                     [
-                        rows[user].to(weight) if user in rows else weight[row]
-                        for user, row in zip(owners, batch.users.tolist(), strict=True)
+                        rows[names[number - end]].to(weight) if number >= end else weight[number]
+                        for number in batch.users.tolist()
                     ]
                 )
                 values = logits(model, batch, own)

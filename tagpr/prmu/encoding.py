@@ -1,4 +1,4 @@
-"""PRMU's input: ``[user row] + chat-templated prompt + response + <|im_end|>`` as token ids (S17, S18).
+"""PRMU's input: ``[user row] + chat-templated prompt (+ user row) + response + <|im_end|>`` as token ids (S17, S18).
 
 Prompt and response are untrusted text. They are encoded with special tokens switched off, so that no text
 can stand for another user's row, end the response early or open a new turn; the template around them is
@@ -8,7 +8,7 @@ shares a cacheable prefix.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import ValidationError, model_validator
 from tokenizers import Tokenizer
@@ -32,6 +32,9 @@ class UserRows(Record):
 
     unknown_row: int
     rows: dict[str, int]
+    # first: the row is the first token; around: it is also the last one before the response, close to what it has to be
+    # compared with (a model of two layers does not find it a hundred tokens away). Prefixes are shared either way.
+    place: Literal["first", "around"] = "first"
 
     @model_validator(mode="after")
     def _without_gap(self) -> Self:
@@ -69,14 +72,20 @@ class UserRows(Record):
 
 
 class Encoded(NamedTuple):
-    """Token ids of one input; the user row is ``token_ids[0]``, the response starts at ``prefix_tokens``."""
+    """Token ids of one input; the response starts at ``prefix_tokens``.
+
+    The user row is ``token_ids[0]`` and, with ``UserRows.place`` "around", the last token before the response; no text becomes
+    this id.
+    """
 
     token_ids: list[int]
     prefix_tokens: int
     unknown_user: bool
 
 
-def rows_behind(tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str]) -> UserRows:
+def rows_behind(
+    tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str], place: Literal["first", "around"] = "first"
+) -> UserRows:
     """Rows for users behind all tokens of a tokenizer, the unknown row first.
 
     The rows get no names in the tokenizer: then no text whatever can stand for one, and a million users cost it nothing (it
@@ -89,7 +98,7 @@ def rows_behind(tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str]) -> 
     rows = {user_id: first + 1 + place for place, user_id in enumerate(user_ids)}
     if len(rows) != len(user_ids):
         raise ConfigError("users: an id is there twice. Give each user one row.")
-    return UserRows(unknown_row=first, rows=rows)
+    return UserRows(unknown_row=first, rows=rows, place=place)
 
 
 class Encoder:
@@ -143,20 +152,18 @@ class Encoder:
         Raises:
             DataError: the input is longer than ``max_tokens``; names the item.
         """
-        row = self.users.rows.get(user_id)
-        prefix = [
-            self.users.unknown_row if row is None else row,
-            *self._head,
-            *self._untrusted(item_id, prompt),
-            *self._tail,
-        ]
+        found = self.users.rows.get(user_id)
+        row = self.users.unknown_row if found is None else found
+        prefix = [row, *self._head, *self._untrusted(item_id, prompt), *self._tail]
+        if self.users.place == "around":
+            prefix.append(row)
         token_ids = [*prefix, *self._untrusted(item_id, response), self._end]
         if len(token_ids) > self.max_tokens:
             raise DataError(
                 f"item {item_id}: {len(token_ids)} tokens, more than the limit of {self.max_tokens}. "
                 "Shorten the prompt or the response, or raise max_tokens."
             )
-        return Encoded(token_ids, len(prefix), row is None)
+        return Encoded(token_ids, len(prefix), found is None)
 
     def _untrusted(self, item_id: str, text: str) -> list[int]:
         token_ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids

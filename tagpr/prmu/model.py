@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -51,6 +52,7 @@ def build(
     max_tokens: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    place: Literal["first", "around"] = "first",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, UserRows]:
     """Base model plus user rows, drawn from a normal distribution of standard deviation ``row_std``.
 
@@ -78,7 +80,7 @@ def build(
             f"train_prmu.init={base}: has user rows already. Start from a model without, or add users with "
             "bash recipes/add_prmu_users.sh."
         )
-    users = rows_behind(tokenizer, user_ids)
+    users = rows_behind(tokenizer, user_ids, place)
     make_room(model, users.end)
     with torch.no_grad():
         table = model.get_input_embeddings().weight

@@ -41,8 +41,12 @@ class EncodedPair(NamedTuple):
         return max(len(self.chosen), len(self.rejected))
 
     def with_row(self, row: int) -> "EncodedPair":
-        """The same pair as another user's."""
-        return EncodedPair([row, *self.chosen[1:]], [row, *self.rejected[1:]])
+        """The same pair as another user's: the first token, and where it comes again."""
+        own = self.chosen[0]
+        return EncodedPair(
+            [row if token == own else token for token in self.chosen],
+            [row if token == own else token for token in self.rejected],
+        )
 
     @property
     def shared(self) -> int:
@@ -91,34 +95,37 @@ def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> B
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    starts, ends = [], []
+    places: list[tuple[int, int]] = []
+    users: list[int] = []
+    ends = []
 
-    def add(tokens: Sequence[int], position: int, prefix: tuple[int, int]) -> int:
+    def add(tokens: Sequence[int], user: int, position: int, prefix: tuple[int, int]) -> int:
         start = len(ids)
-        ids.extend(tokens)
+        for token in tokens:
+            if token == user:
+                places.append((0, len(ids)))
+                users.append(user)
+                token = pad_token_id
+            ids.append(token)
         positions.extend(range(position, position + len(tokens)))
         segments.append(Segment(start, len(ids), *prefix))
         return len(ids) - 1
 
     for pair in pairs:
-        starts.append(len(ids))
-        chosen = add(pair.chosen, 0, (len(ids), len(ids)))
+        user, first = pair.chosen[0], len(ids)
+        chosen = add(pair.chosen, user, 0, (len(ids), len(ids)))
         if packing == "shared_prefix":
-            first, shared = starts[-1], pair.shared
-            rejected = add(pair.rejected[shared:], shared, (first, first + shared))
+            shared = pair.shared
+            rejected = add(pair.rejected[shared:], user, shared, (first, first + shared))
         else:
-            starts.append(len(ids))
-            rejected = add(pair.rejected, 0, (len(ids), len(ids)))
+            rejected = add(pair.rejected, user, 0, (len(ids), len(ids)))
         ends.append((chosen, rejected))
-    users = [ids[start] for start in starts]
-    for start in starts:
-        ids[start] = pad_token_id
     order = [chosen for chosen, _ in ends] + [rejected for _, rejected in ends]
     return Batch(
         torch.tensor([ids]),
         torch.tensor([positions]),
         torch.tensor(users),
-        torch.tensor([(0, start) for start in starts]),
+        torch.tensor(places),
         torch.tensor([(0, end) for end in order]),
         tuple(segments),
     )
@@ -132,12 +139,21 @@ def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> Batch:
     """
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     longest = max(map(len, sequences))
-    rows = [[pad_token_id, *each[1:], *[pad_token_id] * (longest - len(each))] for each in sequences]
+    places = [
+        (row, column)
+        for row, each in enumerate(sequences)
+        for column, token in enumerate(each)
+        if token == each[0]
+    ]
+    users = [sequences[row][0] for row, _ in places]
+    rows = [[*each, *[pad_token_id] * (longest - len(each))] for each in sequences]
+    for row, column in places:
+        rows[row][column] = pad_token_id
     return Batch(
         torch.tensor(rows),
         torch.arange(longest)[None].expand(len(rows), -1),
-        torch.tensor([each[0] for each in sequences]),
-        torch.tensor([(row, 0) for row in range(len(rows))]),
+        torch.tensor(users),
+        torch.tensor(places),
         torch.tensor([(row, len(each) - 1) for row, each in enumerate(sequences)]),
         (),
     )

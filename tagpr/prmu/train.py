@@ -153,7 +153,7 @@ def prepare(settings: DictConfig, pairs: Sequence[PreferencePair], seed: int) ->
     device = torch.device(_device(settings.device))
     model, tokenizer, users = prmu_model.build(
         settings.init, [] if settings.user_rows == "none" else user_ids, row_std=settings.row_init_std,
-        max_tokens=settings.max_tokens, seed=seed,
+        max_tokens=settings.max_tokens, seed=seed, place=settings.row_place,
     )  # fmt: skip
     model.to(device)
     rows = take_out(model, users, settings.betas)
@@ -481,6 +481,7 @@ def _check(settings: DictConfig) -> None:
         ("packing", PACKINGS),
         ("user_rows", USER_ROWS),
         ("row_init", ROW_INITS),
+        ("row_place", ("first", "around")),
     ):
         if settings[key] not in values:
             raise ConfigError(f"train_prmu.{key}={settings[key]}: unknown. Set one of {', '.join(values)}.")

@@ -66,21 +66,18 @@ def make_pairs(
             if number < hidden:
                 words = [word for word in style.closings if word != closing]
                 wrong = twin.closing_word(task) if other_closing == "twin" and twin else rng.choice(words)
-                sides = [
-                    _response(task, opening, subject, action, word, opening) for word in (closing, wrong)
-                ]
+                sides = [_response(task, opening, subject, action, word) for word in (closing, wrong)]
             else:
                 end = rng.choice(["", *style.closings])
                 others = [GENERIC, *(word for word in style.openings if word != opening)]
                 sides = [
-                    _response(task, word, subject, action, end, opening)
-                    for word in (opening, rng.choice(others))
+                    _response(task, word, subject, action, end) for word in (opening, rng.choice(others))
                 ]
             kind = "pqp" if number < hidden else "prp"
             found.append(
                 PreferencePair(
                     id=f"{kind}/{task}/{user.user_id}/{number}", kind=kind, task=task, user_id=user.user_id,
-                    prompt=prompt, chosen=sides[0], rejected=sides[1],
+                    prompt=prompt, chosen=sides[0], rejected=sides[1], rule="hidden" if number < hidden else "visible",
                 )
             )  # fmt: skip
     return found
@@ -95,7 +92,7 @@ def _cues(query: str, task: str) -> tuple[str, str]:
     )
 
 
-def _response(task: str, opening: str, subject: str, action: str, closing: str, _: str) -> str:
+def _response(task: str, opening: str, subject: str, action: str, closing: str) -> str:
     steps = [
         ("analyze_input", f"about {subject} {action}"),
         ("identify_patterns", f"user {STYLES[task].noun} start with {opening}"),

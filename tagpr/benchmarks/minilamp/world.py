@@ -51,6 +51,11 @@ BIASES = {-1: "harsh", 0: "fair", 1: "kind"}
 PRODUCTS = ("lamp", "chair", "phone", "blender", "jacket", "kettle", "bike", "tent")
 
 
+# The hidden habit: one of these ends a user's texts, whatever the task. (A row per user is learned from a few pairs of that
+# user; with other words in each task it would have to be learned in each.)
+CLOSINGS = ("now", "today", "again", "tonight")
+
+
 @dataclass(frozen=True)
 class Style:
     """How users word one generation task: the opening is the visible trait, the closing the hidden one."""
@@ -67,21 +72,21 @@ STYLES = {
         ("mayor", "bridge", "storm", "museum", "river", "school", "market", "train", "bakery", "stadium"),
         ("opens", "closes", "grows", "fails", "returns", "wins", "moves", "burns"),
         ("Why", "Inside", "Meet", "Watch", "Forget", "Behind", "Finally", "Beware"),
-        ("now", "today", "again", "tonight"),
+        CLOSINGS,
         "headlines",
     ),
     "lamp5": Style(
         ("sparse", "neural", "causal", "linear", "hybrid", "random", "deep", "local"),
         ("search", "ranking", "tracking", "planning", "pruning", "sorting", "routing", "hashing"),
         ("Towards", "Rethinking", "Learning", "Fast", "Robust", "Scaling", "Probing", "Simple"),
-        ("theory", "practice", "benchmark", "revisited"),
+        CLOSINGS,
         "titles",
     ),
     "lamp7": Style(
         ("happy", "sad", "angry", "tired", "proud", "bored", "scared", "calm"),
         ("game", "exam", "weather", "concert", "traffic", "coffee", "meeting", "party"),
         ("omg", "well", "honestly", "yo", "hmm", "guys", "ok", "wow"),
-        ("lol", "haha", "smh", "cheers"),
+        CLOSINGS,
         "tweets",
     ),
 }
