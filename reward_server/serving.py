@@ -103,7 +103,7 @@ class Serving:
         if served.retired and served.requests == 0:
             served.retired = False
             self._scored_before += served.batcher.scored
-            task = asyncio.get_running_loop().create_task(asyncio.to_thread(served.batcher.close))  # type: ignore[arg-type]
+            task = asyncio.get_running_loop().create_task(asyncio.to_thread(served.batcher.close))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
