@@ -175,9 +175,17 @@ def connected(
 
 
 def use_token_if_there_is_one() -> None:
-    """Have Ray present its token where the environment holds one; call it before ray is imported."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+    """Have Ray present its token where there is one, in the environment or where Ray keeps it; call it before ray is imported."""
+    kept = Path.home() / ".ray" / "auth_token"
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or kept.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def be_no_actor() -> None:
+    """In a job: forget that Ray left the GPUs of its driver alone, by which verl takes a process for one of Ray's actors."""
+    if IN_A_JOB in os.environ:
+        for name in [name for name in os.environ if name.startswith("RAY_EXPERIMENTAL_NOSET_")]:
+            del os.environ[name]
 
 
 def absolute_overrides(config: DictConfig) -> list[str]:
@@ -248,9 +256,11 @@ def submit(
     import ray.exceptions
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(url)
+        # Only now: the client makes Ray talkative.
+        for talkative in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
         with tempfile.TemporaryDirectory(prefix="tagpr-job-") as folder:
             size = ship_sources(Path(folder))
             job = _submit(

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from tagpr.configuration import compose, export, resolve
 from tagpr.dry_run import dry_run
 from tagpr.errors import ConfigError, StageError, TagPRError
-from tagpr.ray_jobs import absolute_overrides, forwarded, submit
+from tagpr.ray_jobs import absolute_overrides, be_no_actor, forwarded, submit
 
 logger = logging.getLogger("tagpr")
 
@@ -229,6 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     """``python -m tagpr <stage> [key=value ...]``; returns the exit status."""
     # A scheduler's SIGTERM is treated like a person's interrupt: what was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    be_no_actor()
     try:
         if not arguments or arguments[0] not in STAGES:
             given = arguments[0] if arguments else "nothing"

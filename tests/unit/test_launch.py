@@ -242,3 +242,14 @@ def test_launching_needs_no_ray_and_no_torch_before_it_is_asked_to() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stage_in_a_job_is_not_taken_for_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.delenv(ray_jobs.IN_A_JOB, raising=False)
+    ray_jobs.be_no_actor()
+    assert variable in os.environ
+    monkeypatch.setenv(ray_jobs.IN_A_JOB, "{}")
+    ray_jobs.be_no_actor()
+    assert variable not in os.environ
