@@ -32,10 +32,13 @@ ROLLOUTS = 16
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base after a few steps: it need not be good, only end its chains now and then."""
+    import torch
+
     from tagpr.tiny_model.pretrain import build, train
 
+    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("model")
-    config = resolve(compose("base", ["base.steps=150"]))
+    config = resolve(compose("base", ["base.steps=100"]))
     tokenizer, tiny = build(config)
     train(config, tokenizer, tiny, folder / "metrics.jsonl")
     tiny.save_pretrained(folder / "model")
@@ -62,7 +65,7 @@ def test_sixteen_rollouts_of_each_instance_through_vllm(model: Path, ray: Path, 
         "chains.teacher.backend=vllm", f"chains.teacher.model={model}", "chains.teacher.temperature=1.0",
         "chains.teacher.top_p=1.0", "chains.teacher.max_tokens=80", "chains.teacher.vllm.tensor_parallel_size=1",
         "chains.teacher.vllm.gpus=0", "chains.teacher.vllm.dtype=float32", "chains.teacher.vllm.max_model_len=256",
-        "chains.teacher.vllm.engine={enforce_eager: true, block_size: 16}",
+        "+chains.teacher.vllm.engine.enforce_eager=true", "+chains.teacher.vllm.engine.block_size=16",
         "~chains.preferences.extra_request.simulated_faults",
     ]  # fmt: skip
     environment = {
