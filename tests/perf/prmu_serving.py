@@ -4,7 +4,8 @@
 
 Groups of five responses (150 to 600 tokens) to prompts of about 1,400 tokens, a random Qwen3 of about 40 million parameters in
 float32, so that arithmetic decides and not the cost of a call. All three are asked over HTTP with the same texts, in turn and in
-several rounds; the figures are medians of ratios within a round.
+several rounds; the ratios are medians of ratios within a round, of the time (``*_over_*``) and of the processor time that the
+server took (``cpu_*``), which other work on the machine disturbs less.
 
 ``service``   ours as it is served on a CPU: the engine that shares prefixes
 ``no_cache``  ours with server.prefix_cache=false: padded batches of inputs of similar length
@@ -29,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "faults")]
@@ -119,8 +121,8 @@ def make_groups(count: int, seed: int) -> list[list[ScoreItem]]:
 
 
 @contextmanager
-def peer(folder: Path, model: Path, threads: int) -> Iterator[str]:
-    """The plain server."""
+def peer(folder: Path, model: Path, threads: int) -> Iterator[tuple[str, int]]:
+    """The plain server: its address and its process."""
     import socket
 
     with socket.socket() as free:
@@ -140,7 +142,7 @@ def peer(folder: Path, model: Path, threads: int) -> Iterator[str]:
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
-        yield url
+        yield url, process.pid
     finally:
         process.kill()
         process.wait()
@@ -182,6 +184,12 @@ async def ask_singly(running, items: Sequence[ScoreItem], together: bool) -> flo
         return time.monotonic() - began
 
 
+def processor_s(pid: int) -> float:
+    """Processor time that a process has taken so far."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def metric(running, name: str) -> float:
     """One figure of a service's /metrics."""
     text = httpx.get(
@@ -215,20 +223,25 @@ def main() -> None:
         }
         if arguments.vllm:
             ours["vllm"] = stack.enter_context(service(folder / "vllm", model, *common, "engine=vllm"))
-        plain = stack.enter_context(peer(folder, model, arguments.threads))
+        plain, plain_pid = stack.enter_context(peer(folder, model, arguments.threads))
         seconds: dict[str, list[float]] = {each: [] for each in [*ours, "padded"]}
+        cpu: dict[str, list[float]] = {each: [] for each in seconds}
+        pids = {each: running.process.pid for each, running in ours.items()} | {"padded": plain_pid}
         worst = 0.0
         for number in range(-1, arguments.rounds):  # the first only warms up
-            groups = make_groups(arguments.groups if number >= 0 else 1, number + 1)
+            groups = make_groups(arguments.groups, number + 1)
+            if number < 0:
+                groups = [groups[0][:1]]
             results = {}
             for each in random.Random(number).sample(list(seconds), len(seconds)):
-                began = time.monotonic()
+                began, used = time.monotonic(), processor_s(pids[each])
                 if each == "padded":
                     results[each] = asyncio.run(ask_peer(plain, groups))
                 else:
                     results[each] = asyncio.run(ask_ours(ours[each], groups))
                 if number >= 0:
                     seconds[each].append(time.monotonic() - began)
+                    cpu[each].append(processor_s(pids[each]) - used)
             worst = max(
                 worst,
                 *(
@@ -242,8 +255,8 @@ def main() -> None:
                 flush=True,
             )
 
-        def ratio(of: str, to: str) -> float:
-            return round(statistics.median(a / b for a, b in zip(seconds[of], seconds[to], strict=True)), 2)
+        def ratio(of: str, to: str, what: dict[str, list[float]] = seconds) -> float:
+            return round(statistics.median(a / b for a, b in zip(what[of], what[to], strict=True)), 2)
 
         samples = arguments.groups * GROUP
         figures: dict[str, object] = {
@@ -253,6 +266,8 @@ def main() -> None:
             "service_over_padded": ratio("padded", "service"),
             "service_over_no_cache": ratio("no_cache", "service"),
             "no_cache_over_padded": ratio("padded", "no_cache"),
+            "cpu_service_over_padded": ratio("padded", "service", cpu),
+            "cpu_service_over_no_cache": ratio("no_cache", "service", cpu),
             "cached_token_share": round(metric(ours["service"], "tagpr_prmu_cached_token_share"), 3),
             "samples_per_s": {each: round(samples / statistics.median(v), 2) for each, v in seconds.items()},
             "largest_difference_of_logits": worst,
@@ -260,6 +275,8 @@ def main() -> None:
         if arguments.vllm:
             figures["vllm_over_padded"] = ratio("padded", "vllm")
             figures["service_over_vllm"] = ratio("vllm", "service")
+            figures["cpu_vllm_over_padded"] = ratio("padded", "vllm", cpu)
+            figures["cpu_service_over_vllm"] = ratio("vllm", "service", cpu)
             figures["cached_token_share_vllm"] = round(
                 metric(ours["vllm"], "tagpr_prmu_cached_token_share"), 3
             )
