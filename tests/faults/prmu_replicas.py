@@ -74,7 +74,7 @@ def figures(load: Load, oracle: Oracle, **more: object) -> Figures:
     }
 
 
-async def until(condition: Callable[[], bool], seconds: float) -> float:
+async def until(condition: Callable[[], bool], seconds: float = 300.0) -> float:
     """Wait for a condition; how long it took.
 
     Raises:
@@ -106,7 +106,7 @@ def kill(folder: Path, times: int = 3, *settings: str) -> Figures:
         for number in range(times):
             pid = running.replica_pids()[number % 2]
             os.kill(pid, signal.SIGKILL)
-            replaced.append(round(await until(other_pid(running, number % 2, pid), 120), 1))
+            replaced.append(round(await until(other_pid(running, number % 2, pid)), 1))
             await asyncio.sleep(2)
         await load.stop()
         stats = load.client.pop_stats()
@@ -124,6 +124,8 @@ def ray(folder: Path) -> Figures:
     import ray as library
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Its own 15 lets anything else on the machine starve the replicas.
+    os.environ.update(RAY_worker_niceness="0")  # Ray wants it written so
     # One machine, loopback only.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     with tempfile.TemporaryDirectory(prefix="r", dir=os.environ.get("TMPDIR")) as short:
@@ -148,7 +150,7 @@ def hang(folder: Path) -> Figures:
         await asyncio.sleep(2)
         pid = running.replica_pids()[0]
         os.kill(pid, signal.SIGSTOP)
-        replaced = await until(other_pid(running, 0, pid), 120)
+        replaced = await until(other_pid(running, 0, pid))
         await asyncio.sleep(2)
         await load.stop()
         await load.client.aclose()

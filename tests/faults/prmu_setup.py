@@ -26,7 +26,7 @@ from tagpr.schema import PrmuScore  # noqa: E402
 
 WORDS = ["the", "user", "likes", "short", "titles", "about", "boats", "and", "rain", "which", "tag", "movie"]
 # What a run of the service here takes to notice a fault, next to what it waits for in production.
-QUICK = ("health_every_s=0.5", "health_timeout_s=2", "health_failures=2", "start_timeout_s=120")
+QUICK = ("health_every_s=0.5", "health_timeout_s=2", "health_failures=2", "start_timeout_s=300")
 
 
 def tiny_prmu(folder: Path, seed: int = 0) -> Path:
@@ -71,7 +71,7 @@ def service(run_dir: Path, model: Path, *settings: str) -> Iterator[Service]:
             env=environment | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, cwd=ROOT,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not (run_dir / "server.json").exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no service: {(run_dir / 'service.log').read_text()[-2000:]}")
