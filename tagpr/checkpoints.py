@@ -38,7 +38,7 @@ def export_model(shards: Path, destination: Path) -> None:
         destination: replaced as a whole.
 
     Raises:
-        StageError: the checkpoint holds no weights in a known form.
+        StageError: the checkpoint holds no weights in a known form, or a LoRA adapter.
     """
     ready = shards / "huggingface"
     temporary = destination.with_name(f".{destination.name}.partial")
@@ -60,6 +60,13 @@ def export_model(shards: Path, destination: Path) -> None:
         )
         merger.merge_and_save()
         merger.cleanup()
+        if (temporary / "lora_adapter").exists():
+            # Beside it lie the weights from before training: handed over, they would pass for the trained ones.
+            shutil.rmtree(temporary)
+            raise StageError(
+                f"{shards}: holds a LoRA adapter, which is not merged here. Merge it with peft "
+                "(PeftModel.from_pretrained, merge_and_unload) and point the next stage's paths.* at the result."
+            )
     else:
         raise StageError(f"{shards}: holds no weights. Delete the folder and run the same command again.")
     shutil.rmtree(destination, ignore_errors=True)
