@@ -4,7 +4,8 @@
 
 Groups of pairs share a prompt of about 1,400 tokens; responses have 150 to 600. ``padded_masked`` is what a usual trainer does:
 both inputs of all pairs as one right-padded batch with its attention mask, through the model's own forward pass. The last
-line is one JSON object; ratios are of the seconds of this run. ``gradient_error`` is |g - g_oracle| / |g_oracle| over all
+line is one JSON object; ratios are of the seconds of this run, on the CPU those of the processor (other work on the machine
+does not count). ``gradient_error`` is |g - g_oracle| / |g_oracle| over all
 parameters, the oracle being padding_free.
 """
 
@@ -23,6 +24,8 @@ from tagpr.prmu.packing import EncodedPair, logits, pack, use_packing
 
 VOCABULARY = 8192
 SIZES = {
+    "15M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 64},
     "39M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 11, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 64},
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -55,7 +58,8 @@ def one_pass(
     model.zero_grad()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         if layout == "padded_masked":
             rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -72,7 +76,7 @@ def one_pass(
     (-logsigmoid(values[:count] - values[count:]).mean()).backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began, tokens
+    return clock() - began, tokens
 
 
 def main() -> None:
