@@ -392,8 +392,8 @@ def meteor_name() -> str:
     """What METEOR is called here: ``meteor``, or ``meteor_stem`` where NLTK finds no WordNet.
 
     METEOR as benchmarks report it matches words exactly, then by stem, then by WordNet's synonyms. Without WordNet
-    matching ends with the stems: another figure, 4 % lower on the published titles of PGraphRAG, and so another name. Decided once for
-    a process.
+    matching ends with the stems: another figure, 4 % lower on the published titles of PGraphRAG, and so another name. Decided
+    once for a process.
     """
     return _meteor().name
 

@@ -63,9 +63,15 @@ class PreferencePair(Record):
     prompt: str
     chosen: str
     rejected: str
-    margin: float | None = Field(default=None, description="R_v of the chosen response minus that of the rejected one")
-    rule: str = Field(default="", description="why the first is preferred: made with the profile, better by R_v, ...")
-    chains: tuple[str, str] | None = Field(default=None, description="ids of the chains that the two were made from")
+    margin: float | None = Field(
+        default=None, description="R_v of the chosen response minus that of the rejected one"
+    )
+    rule: str = Field(
+        default="", description="why the first is preferred: made with the profile, better by R_v, ..."
+    )
+    chains: tuple[str, str] | None = Field(
+        default=None, description="ids of the chains that the two were made from"
+    )
     example_id: str = Field(default="", description="the Example that both answer")
 
 

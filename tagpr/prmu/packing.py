@@ -84,8 +84,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        tensors = (each.to(device) for each in self[:-1])
-        return Batch(*tensors, self.segments)
+        moved = {name: value.to(device) for name, value in self._asdict().items() if name != "segments"}
+        return self._replace(**moved)
 
 
 def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> Batch:

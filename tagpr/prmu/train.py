@@ -117,7 +117,7 @@ def work(config: DictConfig) -> None:
     if metrics is None:
         peers.barrier()
         return
-    numbers = {}
+    numbers: dict[str, float] = {}
     for name, value in held_out.items():
         numbers |= {
             f"prmu/accuracy/{name}": value.accuracy, f"prmu/margin/{name}": value.margin, f"prmu/ece/{name}": value.ece,

@@ -26,8 +26,7 @@ SMALL = ["train_prmu.epochs=6", "train_prmu.batch_size=16", "train_prmu.unseen_u
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     pairs = [
-        pair.model_copy(update={"example_id": f"{pair.user_id} {pair.prompt}"})
-        for pair in habit_pairs(24, 8)
+        pair.model_copy(update={"example_id": f"{pair.user_id} {pair.prompt}"}) for pair in habit_pairs(24, 8)
     ]
     write(folder / "chains", pairs)
     make_base(folder / "base")

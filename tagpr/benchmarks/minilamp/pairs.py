@@ -22,7 +22,7 @@ GENERIC = "The"
 
 def twins(count: int, seed: int, first: int = 0) -> tuple[User, ...]:
     """``count`` users, numbers 2k and 2k + 1 alike in everything visible and different in their closing word."""
-    users = []
+    users: list[User] = []
     for number, user in enumerate(population(seed, count, first)):
         if number % 2:
             rng = random.Random(f"minilamp twin {user.user_id} of world {seed}")
