@@ -1,10 +1,13 @@
 """A Ray of this process's own: on loopback only, with a token, gone with the process."""
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # For messages and small results; whoever moves data asks for more.
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -45,7 +48,9 @@ def local_ray(
         arguments |= {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
     if object_store_bytes is not None:
         arguments["object_store_memory"] = object_store_bytes
-    ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **arguments)
+    context = ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **arguments)
+    if dashboard:
+        logger.info("Ray's dashboard: http://%s", context.dashboard_url)
     try:
         yield
     finally:

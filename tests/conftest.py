@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tagpr.local_ray import prepare_environment
+
+# Ray reads its environment once, when the first test that needs it, or verl, imports it.
+prepare_environment()
 settings.register_profile("tagpr", deadline=None)
 settings.load_profile("tagpr")
 

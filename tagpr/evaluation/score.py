@@ -1,5 +1,6 @@
 """From rows to figures: of each model, and of differences with their intervals over users (S32, S38)."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -343,15 +344,17 @@ def _leader(name: str, models: Mapping[str, Measured]) -> str | None:
     return lead(resampled, higher_is_better=not name.endswith(LOWER_IS_BETTER))
 
 
-def interval(measured: Measured) -> Interval:
-    """A figure with its interval over users and training runs."""
+def interval(name: str, measured: Measured) -> Interval:
+    """A figure with its interval over users and training runs, cut off where the measure ends: the interval is symmetric."""
     one = measured.resampled
     if one is None:
         return Interval(mean=measured.value, low=None, high=None)
     nothing = np.zeros(len(one.over_both))
     zero = Resampled(0.0, nothing, nothing, 0.0, 1, one.users)
     (found,) = compare({"it": one, "zero": zero})
-    return Interval(mean=measured.value, low=found.low, high=found.high)
+    lowest = -math.inf if name == "reward" else 0.0
+    highest = math.inf if name in ("reward", *NEUTRAL) or name.endswith(LOWER_IS_BETTER) else 1.0
+    return Interval(mean=measured.value, low=max(lowest, found.low), high=min(highest, found.high))
 
 
 def summarise_model(
@@ -386,7 +389,7 @@ def summarise_model(
         verifiable={task: fmean(row.verifiable for row in rows if row.task == task) for task in tasks},
         metrics=metrics,
         strict=strict,
-        intervals={name: interval(each) for name, each in (measured or {}).items()},
+        intervals={name: interval(name, each) for name, each in (measured or {}).items()},
         unparsable=sum(
             metrics[task]["unparsable"] * sum(row.task == task for row in rows) / len(rows) for task in tasks
         ),

@@ -577,7 +577,7 @@ def _sweep(
                     rows=len(replicates[0].rows),
                     items_used=fmean(row.items_used for row in shown),
                     prompts_shortened=len({row.id for row in shown if row.items_shortened}),
-                    intervals={name: interval(each) for name, each in found.items()},
+                    intervals={name: interval(name, each) for name, each in found.items()},
                 )
             )
     return points

@@ -14,7 +14,12 @@ from tagpr.rl.checks import check, schedule
 
 FOLDER = Path(tagpr.config.__file__).parent
 # Stage files are those that choose a setting; the other files at the top are parts of them.
-STAGES = sorted(path.stem for path in FOLDER.glob("*.yaml") if "- setting:" in path.read_text())
+STAGES = sorted(
+    path.stem
+    for path in FOLDER.glob("*.yaml")
+    if "- setting:" in path.read_text()
+    or "- train_prmu\n" in path.read_text()  # or build on a stage that does
+)
 SETTINGS = sorted(path.stem for path in (FOLDER / "setting").glob("*.yaml"))
 RL_STAGES = ("guided_rl", "exploratory_rl")
 

@@ -75,7 +75,7 @@ def server() -> Iterator[Server]:
 def manager(tokenizer, server: Server, tmp_path: Path, **objective: object) -> TagPRRewardManager:
     (tmp_path / "token").write_text("0123456789abcdef")
     client = {"url": server.url, "token_file": str(tmp_path / "token"), "version": "v1"}
-    limits = {"timeout_s": 2, "deadline_s": 0.5, "concurrency": 4, "gather_s": 0.05, "request_items": 8}
+    limits = {"timeout_s": 5, "deadline_s": 5, "concurrency": 4, "gather_s": 0.05, "request_items": 8}
     client["also_versions"] = []
     weights = {"mode": "guided", "alpha": 0.8, "beta": 0.8, "gamma": 0.2, **objective}
     config = OmegaConf.create({"objective": weights, "prmu_client": {**client, **limits}})

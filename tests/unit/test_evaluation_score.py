@@ -525,7 +525,7 @@ def test_a_sweep_is_a_table_of_conditions() -> None:
             items_used=size,
             prompts_shortened=0,
             intervals={
-                name: interval(each)
+                name: interval(name, each)
                 for name, each in measure(
                     replicates(model([n < size for n in range(4)], list("abcd"))), bootstrap, 0
                 ).items()
@@ -538,3 +538,15 @@ def test_a_sweep_is_a_table_of_conditions() -> None:
     )
     assert "mean task score (R_v) ↑: recency, 2" in text
     assert "LaMP-3 MAE ↓: recency, 4" in text
+
+
+def test_an_interval_ends_where_its_measure_ends() -> None:
+    users = [str(n) for n in range(4)]
+    rows = [
+        answered(f"r{n}", tagged(said), gold="[1]", task="lamp1", user=user)
+        for n, (user, said) in enumerate(zip(users, ["[1]", "[1]", "[1]", "[2]"], strict=True))
+    ]
+    bounds = compared({"base": rows}, 400).models["base"].intervals["lamp1/accuracy"]
+    assert bounds.high == 1.0
+    assert bounds.low is not None
+    assert 0.0 <= bounds.low < 0.75
