@@ -10,4 +10,5 @@ if [[ ${1:-} == status ]]; then
     bash "$here/setup.sh"
     exec "$here/../.venv/bin/python" -m data_pipeline.status "$@"
 fi
-exec bash "$here/run.sh" build_chains "$@"
+# --yes: go on although the estimate is above chains.budget.ask_above_dollars.
+exec bash "$here/run.sh" build_chains "${@/#--yes/chains.budget.yes=true}"
