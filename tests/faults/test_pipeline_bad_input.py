@@ -127,6 +127,11 @@ def test_the_key_is_in_no_log_state_api_answer_ledger_or_output(job: Job) -> Non
             assert process.poll() is None, job.log.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        # Ray tells of its tasks a second or so after they began.
+        while "HttpWorker" not in ask(f"{found[1]}/api/v0/tasks?detail=true"):
+            assert process.poll() is None, job.log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         answers = {path: ask(f"{found[1]}/{path}") for path in STATE_API}
     finally:
         assert process.wait(120) == 0, job.log.read_text()[-3000:]
