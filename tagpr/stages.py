@@ -227,8 +227,9 @@ def submit_stage(stage: str, overrides: Sequence[str], config: DictConfig) -> in
 
 def main(arguments: Sequence[str]) -> int:
     """``python -m tagpr <stage> [key=value ...]``; returns the exit status."""
-    # A scheduler's SIGTERM is treated like a person's interrupt: what was started is ended.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A scheduler's SIGTERM is treated like a person's interrupt: what was started is ended. Not by way of SIGINT,
+    # which a shell's background job ignores.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     be_no_actor()
     try:
         if not arguments or arguments[0] not in STAGES:

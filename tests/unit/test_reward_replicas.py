@@ -38,7 +38,7 @@ def group(number: int, size: int = 5) -> list[ScoreItem]:
 
 def run(fakes: list[Fake], groups: list[list[ScoreItem]], one_by_one: bool = False, **settings: Any) -> Any:
     async def go() -> Any:
-        options: dict[str, Any] = {"timeout_s": 2.0, "deadline_s": 10.0, **settings}
+        options: dict[str, Any] = {"timeout_s": 60.0, "deadline_s": 120.0, **settings}
         async with RewardClient(urls(fakes), TOKEN, VERSION, **options) as client:
             if one_by_one:
                 calls = [client.score_one(item) for each in groups for item in each]

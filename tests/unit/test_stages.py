@@ -134,7 +134,10 @@ def test_a_failing_job_stops_the_others(monkeypatch: pytest.MonkeyPatch, empty_f
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_what_was_started_ends_with_its_runner(sent: signal.Signals, empty_folder: Path) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_was_started_ends_with_its_runner(
+    sent: signal.Signals, in_background: bool, empty_folder: Path
+) -> None:
     runner = (
         "import sys, tagpr.stages as s\n"
         "s.Job.command = lambda self: [sys.executable, '-c', "
@@ -143,7 +146,11 @@ def test_what_was_started_ends_with_its_runner(sent: signal.Signals, empty_folde
         "sys.exit(s.main(['evaluate']))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", runner], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", runner],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A script's `command &` ignores interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.SIG_DFL),
     )
     pid_file = empty_folder / "pid"
     give_up = time.monotonic() + 180
