@@ -86,6 +86,7 @@ def write_rows(
                     "example_id": example.id,
                     "task": example.task,
                     "user_id": example.user_id,
+                    "query": example.query,
                 },
             }
         )

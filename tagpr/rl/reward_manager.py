@@ -16,6 +16,7 @@ from tagpr.errors import ConfigError
 from tagpr.prmu.client import RewardClient
 from tagpr.prmu.wire import ScoreItem, read_token
 from tagpr.rewards.composite import Mode, RewardWeights, score_response
+from tagpr.rl.response_shape import response_shape
 from tagpr.schema import PrmuScore
 
 # Components of one reward, as they appear in training metrics (reward/<component>/mean) and in the rollout dumps.
@@ -93,6 +94,7 @@ class TagPRRewardManager(RewardManagerBase):
             "format": breakdown.format,
             "tag": breakdown.tag,
             "failure": breakdown.failure,
+            **response_shape(text, own, self.tokenizer),
         }
         if prmu is not None:
             info |= {

@@ -18,6 +18,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from tagpr.checkpoints import mark_complete
 from tagpr.errors import ConfigError
+from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.runs import MetricsLog, write_text_atomically
 
@@ -72,6 +73,7 @@ class TagPRTrainer(PPOTrainerSync):
                 [row["task"] for row in self._rows],
                 [row["group"] for row in self._rows],
             )
+            | profile_use(self._rows)
         )
         logger.info(
             "step %d/%d  reward %.3f  verifiable %.3f  format %.2f  tags %.2f%s  tokens %.0f  %.1f s (rollout %.1f, update %.1f)",
@@ -84,49 +86,55 @@ class TagPRTrainer(PPOTrainerSync):
         )  # fmt: skip
 
     def _reward_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
-        """Who was asked what, and what each response's reward was made of; padding rows left out."""
+        """Who was asked what, what came back, and what its reward was made of; padding rows left out."""
         own = [
             key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
         ]
         data = tq.kv_batch_get(
-            keys=own, partition_id=batch.partition_id, select_fields=["extra_fields", "extra_info"]
+            keys=own,
+            partition_id=batch.partition_id,
+            select_fields=["prompts", "responses", "reward_model", "extra_fields", "extra_info"],
         )
-        extra_fields, extra_info = list(data["extra_fields"]), list(data["extra_info"])
-        return [
-            {
-                "key": key,
-                "group": key.split("_")[0],
-                "example_id": info["example_id"],
-                "task": info["task"],
-                "user_id": info["user_id"],
-                "reward": fields["reward_extra_info"],
-            }
-            for key, fields, info in zip(own, extra_fields, extra_info, strict=True)
-        ]
+        responses = data["responses"].unbind()
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # One text for each group: its responses share their prompt.
+        prompts: dict[str, str] = {}
+        rows = []
+        for key, prompt, response, text, reward_model, fields, info in zip(
+            own,
+            data["prompts"].unbind(),
+            responses,
+            texts,
+            list(data["reward_model"]),
+            list(data["extra_fields"]),
+            list(data["extra_info"]),
+            strict=True,
+        ):
+            group = key.split("_")[0]
+            if group not in prompts:
+                prompts[group] = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            rows.append(
+                {
+                    "key": key,
+                    "group": group,
+                    "example_id": info["example_id"],
+                    "task": info["task"],
+                    "user_id": info["user_id"],
+                    "reward": fields["reward_extra_info"],
+                    "gold": reward_model["ground_truth"],
+                    "query": info["query"],
+                    "prompt": prompts[group],
+                    "response": text,
+                    "response_tokens": len(response),
+                }
+            )
+        return rows
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """One JSONL file a step: prompt, response, and every component of its reward."""
-        keys = [row["key"] for row in self._rows]
-        data = tq.kv_batch_get(
-            keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses", "reward_model"]
-        )
-        lines = []
-        for row, prompt, response, reward_model in zip(
-            self._rows,
-            data["prompts"].unbind(),
-            data["responses"].unbind(),
-            list(data["reward_model"]),
-            strict=True,
-        ):
-            record = {
-                "step": int(self.global_steps),
-                **row,
-                "gold": reward_model["ground_truth"],
-                "prompt": self.tokenizer.decode(prompt, skip_special_tokens=True),
-                "response": self.tokenizer.decode(response, skip_special_tokens=True),
-                "response_tokens": len(response),
-            }
-            lines.append(json.dumps(record, ensure_ascii=False))
+        lines = [
+            json.dumps({"step": int(self.global_steps), **row}, ensure_ascii=False) for row in self._rows
+        ]
         path = Path(rollout_data_dir) / f"{int(self.global_steps):06d}.jsonl"
         write_text_atomically(path, "\n".join(lines) + "\n")
 
