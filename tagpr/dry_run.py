@@ -15,6 +15,7 @@ from tagpr.checkpoints import latest_complete
 from tagpr.configuration import compose, export, resolve
 from tagpr.errors import ConfigError
 from tagpr.model_shapes import Shape, read_shape
+from tagpr.rewards.weights import asks_prmu
 from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.hardware import chosen, local_gpus
 from tagpr.runs import complete_lines
@@ -468,7 +469,7 @@ def _files(stage: str, config: DictConfig, first: Sequence[str]) -> Section:
     section = Section("reads and writes")
     for key in READ.get(stage, ()):
         value = str(OmegaConf.select(config, key))
-        if stage == "guided_rl" and key == "paths.prmu" and config.objective.gamma == 0:
+        if stage == "guided_rl" and key == "paths.prmu" and not asks_prmu(config.objective):
             continue
         there = Path(value)
         state = (
@@ -486,7 +487,7 @@ def _files(stage: str, config: DictConfig, first: Sequence[str]) -> Section:
                     "reads",
                     f"evaluate.models.{label}={model} ({'there' if Path(model).exists() else 'MISSING'})",
                 )
-    if stage == "guided_rl" and config.objective.gamma:
+    if stage == "guided_rl" and asks_prmu(config.objective):
         section.add("asks", config.prmu_client.url or "a reward server of its own, on loopback")
     if first:
         section.add("makes first", ", ".join(first))

@@ -25,6 +25,7 @@ from tagpr.configuration import compose, export, resolve
 from tagpr.dry_run import dry_run
 from tagpr.errors import ConfigError, StageError, TagPRError
 from tagpr.ray_jobs import absolute_overrides, be_no_actor, forwarded, submit
+from tagpr.rewards.weights import asks_prmu
 
 logger = logging.getLogger("tagpr")
 
@@ -102,7 +103,7 @@ def plan(stage: str, overrides: Sequence[str]) -> dict[Job, tuple[Job, ...]]:
 def wanted(stage: str, config: DictConfig) -> list[str]:
     """Prerequisites that this configuration really uses (guided RL without gamma asks no PRMU, for one)."""
     needs = list(STAGES[stage].needs)
-    if stage == "guided_rl" and config.objective.gamma == 0:
+    if stage == "guided_rl" and not asks_prmu(config.objective):
         needs.remove("train_prmu")
     if stage == "evaluate" and config.evaluate.get("only"):
         labels = {"base": "base", "sft": "sft", "guided_rl": "guided", "exploratory_rl": "exploratory"}

@@ -15,52 +15,65 @@ from tagpr.schema import PrmuScore, RewardBreakdown
 from tagpr.tags import split_response
 
 Mode = Literal["guided", "exploratory"]
-Guard = Literal["literal", "no_escape"]
 
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:
-    """Weights of eq. 5; the defaults are the paper's.
+    """Weights of eq. 5; the defaults are the paper's. The guards are opt-in, against two ways in which breaking the format pays.
 
-    ``guard`` decides what a broken format does to the foundation (R_v + R_rep) * R_f. ``literal``: it becomes
-    0, as written, so that a wrong answer with repetition (R_v + R_rep < 0) gains by breaking the format.
-    ``no_escape``: R_rep is left of it, and since R_v >= 0, breaking the format never pays.
+    ``floor_core``: the core R_v + R_rep does not fall below 0. As written, a wrong answer with repetition (R_v + R_rep < 0)
+    gains when R_f = 0 makes it 0.
+
+    ``gate_all``: R_f = 0 takes away R_PRMU too, and costs the whole of beta, as if the tags were wrong. As written, a response
+    whose format is broken keeps gamma * R_PRMU, and its tags count as they are.
+
+    With both, no response with a broken format is worth more than any well-formed one.
 
     Raises:
-        ConfigError: a weight is not finite, or the guard is unknown.
+        ConfigError: a weight is not finite.
     """
 
     alpha: float = 0.8
     beta: float = 0.8
     gamma: float = 0.2
-    guard: Guard = "literal"
+    floor_core: bool = False
+    gate_all: bool = False
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)}: not a finite weight. Set a number.")
-        if self.guard not in get_args(Guard):
-            raise ConfigError(f"guard={self.guard}: no such guard. Use {' or '.join(get_args(Guard))}.")
 
 
-def foundation(verifiable: float, repetition: float, format_ok: float, guard: Guard = "literal") -> float:
-    """(R_v + R_rep) * R_f: all of eq. 11, and the part of eq. 5 that alpha weighs."""
-    if guard == "no_escape" and format_ok == 0.0:
-        return repetition
-    return (verifiable + repetition) * format_ok + 0.0  # never -0.0
+def foundation(verifiable: float, repetition: float, format_ok: float, floor: bool = False) -> float:
+    """(R_v + R_rep) * R_f: all of eq. 11, and the part of eq. 5 that alpha weighs; ``floor``: at least 0."""
+    core = verifiable + repetition
+    if floor and core < 0.0:
+        core = 0.0
+    return core * format_ok + 0.0  # never -0.0
+
+
+def terms(
+    verifiable: float, repetition: float, format_ok: float, tag: float, prmu: float, weights: RewardWeights
+) -> tuple[float, float, float]:
+    """What alpha, beta and gamma weigh, guards applied."""
+    core = foundation(verifiable, repetition, format_ok, weights.floor_core)
+    if weights.gate_all and format_ok == 0.0:
+        return core, -1.0, 0.0
+    return core, tag, prmu
 
 
 def guided(
     verifiable: float, repetition: float, format_ok: float, tag: float, prmu: float, weights: RewardWeights
 ) -> float:
     """Eq. 5: alpha * (R_v + R_rep) * R_f + beta * R_tag + gamma * R_PRMU."""
-    base = foundation(verifiable, repetition, format_ok, weights.guard)
-    return weights.alpha * base + weights.beta * tag + weights.gamma * prmu
+    core, tag, prmu = terms(verifiable, repetition, format_ok, tag, prmu, weights)
+    return weights.alpha * core + weights.beta * tag + weights.gamma * prmu
 
 
-def exploratory(verifiable: float, repetition: float, format_ok: float, guard: Guard = "literal") -> float:
+def exploratory(verifiable: float, repetition: float, format_ok: float, floor: bool = False) -> float:
     """Eq. 11: (R_v + R_rep) * R_f, without alpha."""
-    return foundation(verifiable, repetition, format_ok, guard)
+    return foundation(verifiable, repetition, format_ok, floor)
 
 
 def score_response(
@@ -116,7 +129,7 @@ def score_response(
         personal = prmu.score if prmu is not None else 0.0  # gamma is 0 then
         reward = guided(verifiable, repetition, format_ok, tag, personal, weights)
     else:
-        reward = exploratory(verifiable, repetition, format_ok, weights.guard)
+        reward = exploratory(verifiable, repetition, format_ok, weights.floor_core)
     components = (reward, verifiable, repetition, format_ok, tag)
     assert all(math.isfinite(value) for value in components), components
     return RewardBreakdown(

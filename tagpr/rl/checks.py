@@ -7,9 +7,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tagpr.errors import ConfigError
+from tagpr.rewards.weights import asks_prmu, read_weights
 
 # GSPO's ratio is a per-sequence geometric mean, two to three orders of magnitude closer to 1 than a token's ratio.
 LARGEST_GSPO_CLIP = 0.1
+# tagpr.rl.advantage.NAME, said here too because that file needs torch and verl.
+ADVANTAGE = "group_standardised"
 
 
 def check(config: DictConfig) -> None:
@@ -36,10 +39,10 @@ def check(config: DictConfig) -> None:
                 f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: GSPO averages over tokens, then over "
                 "sequences. Use seq-mean-token-mean."
             )
-    if config.algorithm.adv_estimator != "grpo":
+    if config.algorithm.adv_estimator != ADVANTAGE:
         raise ConfigError(
             f"algorithm.adv_estimator={config.algorithm.adv_estimator}: advantages are standardised within a group (S29). "
-            "Use grpo."
+            f"Use {ADVANTAGE}; verl's grpo pushes groups whose rewards all agree."
         )
     if rollout.n < 2:
         raise ConfigError(
@@ -76,17 +79,8 @@ def check(config: DictConfig) -> None:
         raise ConfigError(
             f"objective.mode={objective.mode}: unknown. Use guided (eq. 5) or exploratory (eq. 11)."
         )
-    for key in ("alpha", "beta", "gamma"):
-        if not (math.isfinite(objective[key]) and objective[key] >= 0):
-            raise ConfigError(
-                f"objective.{key}={objective[key]}: reward weights are finite and not negative."
-            )
-    if (
-        trainer.nnodes > 1
-        and objective.mode == "guided"
-        and objective.gamma
-        and config.prmu_client.url is None
-    ):
+    read_weights(objective)
+    if trainer.nnodes > 1 and asks_prmu(objective) and config.prmu_client.url is None:
         raise ConfigError(
             f"prmu_client.url=null: trainer.nnodes={trainer.nnodes}, and a reward server of this run's own listens on loopback, "
             "where other nodes cannot reach it. Start one (bash recipes/serve_prmu.sh) and give its URL."

@@ -25,6 +25,7 @@ from tagpr.prmu.local_server import local_server
 from tagpr.prmu.model import content_version
 from tagpr.prmu.wire import read_token
 from tagpr.ray_jobs import connected, forwarded, use_token_if_there_is_one
+from tagpr.rewards.weights import asks_prmu
 from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.data import draw, examples_of, write_rows
 from tagpr.rl.preflight import Wanted, preflight
@@ -186,7 +187,7 @@ def resume_from_complete_checkpoint(config: DictConfig) -> int:
 @contextmanager
 def reward_server(config: DictConfig) -> Iterator[None]:
     """Make sure that the configured PRMU is served while the body runs; fills in ``prmu_client`` (url, version, token)."""
-    if config.objective.mode != "guided" or config.objective.gamma == 0:
+    if not asks_prmu(config.objective):
         yield
         return
     client = config.prmu_client

@@ -15,7 +15,8 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from tagpr.errors import ConfigError
 from tagpr.prmu.client import RewardClient
 from tagpr.prmu.wire import ScoreItem, read_token
-from tagpr.rewards.composite import Mode, RewardWeights, score_response
+from tagpr.rewards.composite import Mode, score_response
+from tagpr.rewards.weights import asks_prmu, read_weights
 from tagpr.rl.response_shape import response_shape
 from tagpr.schema import PrmuScore
 
@@ -30,7 +31,7 @@ class TagPRRewardManager(RewardManagerBase):
         super().__init__(config, tokenizer, compute_score)
         objective = config.objective
         self.mode: Mode = objective.mode
-        self.weights = RewardWeights(alpha=objective.alpha, beta=objective.beta, gamma=objective.gamma)
+        self.weights = read_weights(objective)
         self.client: RewardClient | None = None
         if self.needs_prmu(config):
             server = config.prmu_client
@@ -52,7 +53,7 @@ class TagPRRewardManager(RewardManagerBase):
     @staticmethod
     def needs_prmu(config: DictConfig) -> bool:
         """Whether this objective asks the reward server at all (exploratory and gamma = 0 do not)."""
-        return config.objective.mode == "guided" and config.objective.gamma != 0
+        return asks_prmu(config.objective)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Reward of the last sequence in ``data``.
@@ -83,7 +84,9 @@ class TagPRRewardManager(RewardManagerBase):
             token_ids=own,
             finished=finished,
             mode=self.mode,
-            weights=self.weights,
+            weights=self.weights.at(
+                int(item.non_tensor_batch["global_steps"]) if self.weights.changes else 0
+            ),
             prmu=prmu,
         )
         info: dict[str, Any] = {

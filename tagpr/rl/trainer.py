@@ -10,14 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from tagpr.checkpoints import mark_complete
 from tagpr.errors import ConfigError
+from tagpr.rewards.weights import NAMES, read_weights
+from tagpr.rl.advantage import combine_normalised
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.runs import MetricsLog, write_text_atomically
@@ -61,6 +66,25 @@ class TagPRTrainer(PPOTrainerSync):
             "  ".join(f"{_short(name)} {value:.3f}" for name, value in sorted(shown.items())),
         )
         return metrics
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """verl's own, with the estimator of :mod:`tagpr.rl.advantage`; ``objective.normalise_components`` replaces the result."""
+        batch = super()._compute_advantage(batch, metrics)
+        objective = self.config.objective
+        schedule = read_weights(objective)
+        weights = schedule.at(int(self.global_steps))
+        if schedule.changes:
+            metrics |= {f"objective/{name}": getattr(weights, name) for name in NAMES}
+        if objective.normalise_components:
+            rows = self._reward_rows(batch)
+            advantages = combine_normalised(
+                [row["reward"] for row in rows],
+                [row["group"] for row in rows],
+                objective.mode,
+                [weights] * len(rows),
+            )
+            put_advantages([row["key"] for row in rows], batch.partition_id, advantages)
+        return batch
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, global_steps: int, epoch: int
@@ -152,6 +176,17 @@ class TagPRTrainer(PPOTrainerSync):
             self._saved_step = 0
             mark_complete(Path(self.config.trainer.default_local_dir), step)
             logger.info("checkpoint of step %d saved", step)
+
+
+def put_advantages(keys: list[str], partition: str, advantages: np.ndarray) -> None:
+    """Replace the advantages of some rows: one number for all tokens of a response."""
+    masks = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["response_mask"])[
+        "response_mask"
+    ].unbind()
+    rows = [float(value) * mask.float() for value, mask in zip(advantages, masks, strict=True)]
+    nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(keys))
+    tq.kv_batch_put(keys=keys, partition_id=partition, fields=fields)
 
 
 def _short(metric: str) -> str:

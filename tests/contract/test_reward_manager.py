@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from verl import DataProto
 
+from tagpr.configuration import compose
 from tagpr.errors import RewardServerError
 from tagpr.prmu.client import sigmoid
 from tagpr.rl.reward_manager import TagPRRewardManager
@@ -77,7 +78,7 @@ def manager(tokenizer, server: Server, tmp_path: Path, **objective: object) -> T
     client = {"url": server.url, "token_file": str(tmp_path / "token"), "version": "v1"}
     limits = {"timeout_s": 5, "deadline_s": 5, "concurrency": 4, "gather_s": 0.05, "request_items": 8}
     client["also_versions"] = []
-    weights = {"mode": "guided", "alpha": 0.8, "beta": 0.8, "gamma": 0.2, **objective}
+    weights = {**OmegaConf.to_container(compose("guided_rl").objective), **objective}
     config = OmegaConf.create({"objective": weights, "prmu_client": {**client, **limits}})
     return TagPRRewardManager(config, tokenizer)
 

@@ -21,7 +21,7 @@ def parameters(function) -> list[str]:
     "name",
     [
         "on_init_end", "on_validate_begin", "on_train_begin",
-        "_validate", "_compute_metrics", "_log_rollout_data", "_save_checkpoint",
+        "_validate", "_compute_advantage", "_compute_metrics", "_log_rollout_data", "_save_checkpoint",
     ],
 )  # fmt: skip
 def test_trainer_overrides_match(name: str) -> None:

@@ -13,13 +13,13 @@ from tagpr.benchmarks.lamp import TASKS
 from tagpr.errors import ConfigError, DataError, RewardServerError
 from tagpr.metrics import rouge
 from tagpr.rewards.composite import (
-    Guard,
     Mode,
     RewardWeights,
     exploratory,
     foundation,
     guided,
     score_response,
+    terms,
 )
 from tagpr.rewards.format import format_reward
 from tagpr.rewards.repetition import repetition_reward
@@ -145,7 +145,8 @@ def test_equations_5_and_11(
 
 
 def test_the_papers_weights_and_a_whole_reward_by_hand() -> None:
-    assert (WEIGHTS.alpha, WEIGHTS.beta, WEIGHTS.gamma, WEIGHTS.guard) == (0.8, 0.8, 0.2, "literal")
+    assert (WEIGHTS.alpha, WEIGHTS.beta, WEIGHTS.gamma) == (0.8, 0.8, 0.2)
+    assert (WEIGHTS.floor_core, WEIGHTS.gate_all) == (False, False)
     tokens = [1, 2, 3, 4, 1, 2, 3, 4]
     result = score(token_ids=tokens)
     assert result.reward == pytest.approx(0.8 * (1 - 1 / 5) + 0.2 * PRMU.score)
@@ -164,29 +165,60 @@ def test_the_papers_weights_and_a_whole_reward_by_hand() -> None:
     assert score(token_ids=tokens, mode="exploratory").reward == pytest.approx(0.8)
 
 
+@given(share, share.map(lambda x: -x), st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, -1.0]), share)
+def test_without_guards_every_bit_is_that_of_the_equations(
+    r_v: float, r_rep: float, r_f: float, r_tag: float, r_prmu: float
+) -> None:
+    expected = 0.8 * ((r_v + r_rep) * r_f + 0.0) + 0.8 * r_tag + 0.2 * r_prmu
+    assert guided(r_v, r_rep, r_f, r_tag, r_prmu, WEIGHTS).hex() == expected.hex()
+    assert exploratory(r_v, r_rep, r_f).hex() == ((r_v + r_rep) * r_f + 0.0).hex()
+    assert terms(r_v, r_rep, r_f, r_tag, r_prmu, WEIGHTS)[1:] == (r_tag, r_prmu)
+
+
+tags = st.sampled_from([0.0, -1.0])
+weight_not_negative = st.floats(0, 2)
+
+
 @given(share, share.map(lambda x: -x))
-def test_the_guard_makes_breaking_the_format_never_pay(r_v: float, r_rep: float) -> None:
-    assert foundation(r_v, r_rep, 0.0, "no_escape") <= foundation(r_v, r_rep, 1.0, "no_escape")
-    assert foundation(r_v, r_rep, 1.0, "no_escape") == foundation(r_v, r_rep, 1.0)
+def test_a_floored_core_is_not_raised_by_a_broken_format(r_v: float, r_rep: float) -> None:
+    assert exploratory(r_v, r_rep, 0.0, True) <= exploratory(r_v, r_rep, 1.0, True)
+    if r_v + r_rep >= 0:
+        assert exploratory(r_v, r_rep, 1.0, True) == exploratory(r_v, r_rep, 1.0)
+
+
+@given(
+    st.tuples(share, share, tags, share),
+    st.tuples(share, share, tags, share),
+    st.tuples(weight_not_negative, weight_not_negative, weight_not_negative),
+)
+def test_with_both_guards_no_broken_response_is_worth_more_than_a_well_formed_one(
+    broken: tuple[float, ...], formed: tuple[float, ...], own: tuple[float, float, float]
+) -> None:
+    weights = RewardWeights(*own, floor_core=True, gate_all=True)
+    values = [
+        guided(r_v, -r_rep, r_f, r_tag, r_prmu, weights)
+        for (r_v, r_rep, r_tag, r_prmu), r_f in ((broken, 0.0), (formed, 1.0))
+    ]
+    assert values[0] <= values[1]
+    assert values[0] == -weights.beta
 
 
 def test_a_broken_format_is_a_plain_zero() -> None:
     assert math.copysign(1, foundation(0.0, -0.5, 0.0)) == 1.0  # -0.0 would show up in every log
 
 
-def test_the_literal_equations_reward_an_escape_and_the_guard_is_opt_in() -> None:
+def test_the_literal_equations_reward_an_escape_and_the_guards_are_opt_in() -> None:
     looping = [7] * 50
+    guarded = RewardWeights(floor_core=True, gate_all=True)
     broken, formed = (
-        {
-            guard: score(
-                text=text, gold="action", token_ids=looping, weights=RewardWeights(guard=guard)
-            ).reward
-            for guard in ("literal", "no_escape")
-        }
+        [
+            score(text=text, gold="action", token_ids=looping, weights=weights).reward
+            for weights in (WEIGHTS, guarded)
+        ]
         for text in (f"<think>{CHAIN}</think>", format_response(CHAIN, "comedy"))
     )
-    assert broken["literal"] > formed["literal"]
-    assert broken["no_escape"] <= formed["no_escape"] == formed["literal"]
+    assert broken[0] > formed[0]
+    assert broken[1] < formed[1]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +284,6 @@ def test_only_finite_numbers() -> None:
 
 
 def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="guard"):
-        RewardWeights(guard="soft")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="mode"):
         score(mode="free")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="lamp6"):
@@ -283,10 +313,14 @@ def test_settings_reach_their_component() -> None:
         st.sampled_from(["<think>", "</think>", "<|im_end|>", CHAIN, "comedy", " ", "<", "x"]), max_size=8
     ),
     st.sampled_from(["guided", "exploratory"]),
-    st.sampled_from(["literal", "no_escape"]),
+    st.booleans(),
+    st.booleans(),
 )
-def test_any_text_gets_a_finite_reward_within_bounds(parts: list[str], mode: Mode, guard: Guard) -> None:
-    result = score(text="".join(parts), mode=mode, weights=RewardWeights(guard=guard))
+def test_any_text_gets_a_finite_reward_within_bounds(
+    parts: list[str], mode: Mode, floor: bool, gate: bool
+) -> None:
+    weights = RewardWeights(floor_core=floor, gate_all=gate)
+    result = score(text="".join(parts), mode=mode, weights=weights)
     assert -1.6 <= result.reward <= 1.0
     assert (result.failure == "") == (result.format == 1.0 and result.tag == 0.0)
 
