@@ -26,12 +26,12 @@ from data_pipeline.flow import Flow, Models, no_chain_left
 from data_pipeline.funnel import Funnel
 from data_pipeline.ledger import Ledger
 from data_pipeline.outputs import is_complete, write_outputs
-from data_pipeline.preferences import Brief, Candidate
+from data_pipeline.preferences import Candidate
 from data_pipeline.progress import Progress
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.selection import draw_instances, shuffled
 from data_pipeline.settings import ChainSettings, ModelSettings, in_this_job, read_settings
-from data_pipeline.store import Instance, Store, store_path
+from data_pipeline.store import Instance, Label, Store, store_path
 from data_pipeline.tagging import RestrictedTagging, definitions_text
 from data_pipeline.workers import Address, Pool, http_pool
 from tagpr.benchmarks.prompt import QueryTooLongError, build_prompt
@@ -245,7 +245,7 @@ class Made:
     """A pass in which nothing was left waiting."""
 
     flow: Flow
-    selected: list[Brief]
+    selected: list[Label]
     candidates: list[Candidate]
 
 
@@ -350,7 +350,7 @@ class Job:
             await flow.explore(self._folder)
         if settings.stop_after == "exploratory":
             return None
-        await flow.tag([chain.id for chain in store.briefs("main", judged=True)], "tagging", "tagged")
+        await flow.tag([chain.id for chain in store.labels("main", judged=True)], "tagging", "tagged")
         if flow.pending:
             return None
         selected = flow.select()

@@ -19,19 +19,12 @@ from data_pipeline.exploratory import draw_chains, explore
 from data_pipeline.filters import chain_problem
 from data_pipeline.funnel import Funnel
 from data_pipeline.judge import judge_chain
-from data_pipeline.preferences import (
-    Brief,
-    Candidate,
-    choose_pairs,
-    finish_pair,
-    pqp_candidates,
-    prp_candidates,
-)
+from data_pipeline.preferences import Candidate, choose_pairs, finish_pair
 from data_pipeline.progress import Progress
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.selection import select_chains
 from data_pipeline.settings import ChainSettings
-from data_pipeline.store import Instance, Kind, Result, Store
+from data_pipeline.store import Instance, Kind, Label, Result, Store
 from data_pipeline.tagging import RestrictedTagging, tag_chain
 from data_pipeline.teacher import read_rollout, rollout_unit
 from tagpr.chat.asking import RequestRefusedError
@@ -107,8 +100,8 @@ class Flow:
     async def explore(self, folder: Path) -> None:
         """Free tags for some of the judged chains, and their clusters (S9, S10)."""
         wanted = self.settings.exploratory.chains
-        judged = self.store.briefs("main", judged=True)
-        drawn = list(self.store.chains(brief.id for brief in draw_chains(judged, wanted, self._seed)))
+        judged = self.store.labels("main", judged=True)
+        drawn = list(self.store.chains(label.id for label in draw_chains(judged, wanted, self._seed)))
         if not drawn:
             return
         settings = self.settings.model_copy(
@@ -154,9 +147,9 @@ class Flow:
             await stream(ids, one, window)
             self.store.commit()
 
-    def select(self) -> list[Brief]:
+    def select(self) -> list[Label]:
         """The chains for SFT (S14)."""
-        tagged = self.store.briefs("main", judged=True, tagged=True)
+        tagged = self.store.labels("main", judged=True, tagged=True)
         selected = select_chains(tagged, self.settings.size, self.settings.max_per_instance, self._seed)
         for chain in selected:
             self.funnel.keep("selected", chain.task)
@@ -164,22 +157,11 @@ class Flow:
 
     def candidates(self) -> list[Candidate]:
         """The pairs for PRMU, before their chains are tagged (S15, S16)."""
-        preferences = self.settings.preferences
-        main = self.store.briefs("main")
-        return choose_pairs(
-            prp_candidates(
-                self.store.briefs("main", judged=True),
-                self.store.briefs("blank"),
-                preferences.prp_minimum_gain,
-            ),
-            pqp_candidates([*main, *self.store.briefs("extra")], preferences.pqp_margin),
-            preferences,
-            self._seed,
-        )
+        return choose_pairs(self.store.rollouts, self.settings.preferences, self._seed)
 
     def untagged(self, candidates: Sequence[Candidate]) -> list[str]:
         """Chains of these pairs that nobody has tried to tag yet."""
-        tried = {brief.id for brief in self.store.briefs("main", judged=True)}
+        tried = {label.id for label in self.store.labels("main", judged=True)}
         used = [brief.id for pair in candidates for brief in (pair.chosen, pair.rejected)]
         return [chain_id for chain_id in dict.fromkeys(used) if chain_id not in tried]
 

@@ -1,12 +1,14 @@
 """Preference pairs for PRMU, from the teacher's chains (S15, S16)."""
 
 import hashlib
-from collections.abc import Sequence
+import heapq
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Literal
 
-from data_pipeline.selection import interleave, shuffled
+from data_pipeline.selection import place, turns
 from data_pipeline.settings import PreferenceSettings
 from tagpr.schema import Chain, PreferencePair
 from tagpr.tags import format_response
@@ -72,6 +74,15 @@ class Candidate:
         return "better by R_v in the last word" if self.last_word_only else "better by R_v"
 
 
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """The usable chains of one instance: those past the judge, all with the profile (more rollouts last), those without."""
+
+    kept: Sequence[Brief]
+    personalised: Sequence[Brief]
+    without_profile: Sequence[Brief]
+
+
 def prp_candidates(
     kept: Sequence[Brief], without_profile: Sequence[Brief], minimum_gain: float | None
 ) -> list[Candidate]:
@@ -110,34 +121,80 @@ def pqp_candidates(personalised: Sequence[Brief], margin: float) -> list[Candida
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """So many candidates of one sort for one instance, the first of which comes at ``first`` in the shuffled order."""
+
+    first: bytes
+    number: int
+    user_id: str
+    task: str
+    count: int
+
+
 def choose_pairs(
-    prp: Sequence[Candidate], pqp: Sequence[Candidate], settings: PreferenceSettings, seed: int
+    instances: Callable[[], Iterable[Rollouts]], settings: PreferenceSettings, seed: int
 ) -> list[Candidate]:
     """The pairs to keep: users take turns, within a user tasks, within a task instances, so that each user has its share.
 
     With ``pqp_last_word_share``, that share of the PQP pairs differ in the answer's last word only, as far as there are
     such pairs; what is missing of either sort is not made up by the other.
+
+    ``instances`` gives the same instances in the same order each time it is called, which is twice: a hundred chains can be
+    paired in thousands of ways, so what an instance has to offer is counted first, and made where its turn has come. Memory
+    holds a number or two for each instance, and the pairs that are kept.
     """
-
-    def first(candidates: Sequence[Candidate], size: int) -> list[Candidate]:
-        order = interleave(
-            shuffled(candidates, lambda candidate: candidate.id, seed),
-            lambda candidate: candidate.chosen.user_id,
-            lambda candidate: candidate.chosen.task,
-            lambda candidate: candidate.chosen.example_id,
-        )
-        return order[:size]
-
-    chosen = first(prp, settings.prp_pairs)
     share = settings.pqp_last_word_share
-    if share is None:
-        return chosen + first(pqp, settings.pqp_pairs)
-    last_word = round(share * settings.pqp_pairs)
-    chosen += first([candidate for candidate in pqp if candidate.last_word_only], last_word)
-    chosen += first(
-        [candidate for candidate in pqp if not candidate.last_word_only], settings.pqp_pairs - last_word
-    )
-    return chosen
+    sizes = [settings.prp_pairs, settings.pqp_pairs]
+    if share is not None:
+        last_word = round(share * settings.pqp_pairs)
+        sizes[1:] = [last_word, settings.pqp_pairs - last_word]
+
+    def sorts(rollouts: Rollouts) -> list[list[Candidate]]:
+        prp = prp_candidates(rollouts.kept, rollouts.without_profile, settings.prp_minimum_gain)
+        pqp = pqp_candidates(rollouts.personalised, settings.pqp_margin)
+        if share is None:
+            return [prp, pqp]
+        return [prp, *([pair for pair in pqp if pair.last_word_only is wanted] for wanted in (True, False))]
+
+    def order(candidate: Candidate) -> bytes:
+        return place(candidate.id, seed)
+
+    offers: list[list[_Offer]] = [[] for _ in sizes]
+    for number, rollouts in enumerate(instances()):
+        for offered, candidates in zip(offers, sorts(rollouts), strict=True):
+            if candidates:
+                one = candidates[0].chosen
+                first = min(map(order, candidates))
+                offered.append(_Offer(first, number, one.user_id, one.task, len(candidates)))
+
+    drawn = [
+        [
+            offer.number
+            for offer in islice(
+                turns(
+                    sorted(offered, key=lambda offer: offer.first),
+                    lambda offer: offer.user_id,
+                    lambda offer: offer.task,
+                    lambda offer: offer.number,
+                    times=lambda offer: offer.count,
+                ),
+                size,
+            )
+        ]
+        for offered, size in zip(offers, sizes, strict=True)
+    ]
+    wanted = [Counter(numbers) for numbers in drawn]
+    made: list[dict[int, deque[Candidate]]] = [{} for _ in sizes]
+    for number, rollouts in enumerate(instances()):
+        if not any(number in counts for counts in wanted):
+            continue
+        for counts, queues, candidates in zip(wanted, made, sorts(rollouts), strict=True):
+            if number in counts:
+                queues[number] = deque(heapq.nsmallest(counts[number], candidates, key=order))
+    return [
+        queues[number].popleft() for numbers, queues in zip(drawn, made, strict=True) for number in numbers
+    ]
 
 
 def finish_pair(candidate: Candidate, chosen: Chain, rejected: Chain) -> PreferencePair | None:

@@ -1,7 +1,8 @@
 """Which rows and chains are taken when there are more than needed: seeded, balanced, independent of arrival order."""
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -45,19 +46,39 @@ Candidate = TypeVar("Candidate", bound=Selectable)
 
 def shuffled(items: Iterable[Item], name: Callable[[Item], str], seed: int) -> list[Item]:
     """In the order of a hash of (seed, name): the same items give the same order, however they came."""
-    return sorted(items, key=lambda item: hashlib.sha256(f"{seed} {name(item)}".encode()).digest())
+    return sorted(items, key=lambda item: place(name(item), seed))
+
+
+def place(name: str, seed: int) -> bytes:
+    """Where something of this name comes in a shuffled order."""
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
 def interleave(items: Iterable[Item], *keys: Callable[[Item], Hashable]) -> list[Item]:
     """Take turns over the groups of the first key, within each over the second, and so on; any prefix is balanced."""
+    return list(turns(items, *keys))
+
+
+def turns(
+    items: Iterable[Item], *keys: Callable[[Item], Hashable], times: Callable[[Item], int] = lambda _: 1
+) -> Iterator[Item]:
+    """The order of :func:`interleave`, item by item; each stands for ``times(item)`` equal ones that follow one another."""
     if not keys:
-        return list(items)
+        for item in items:
+            yield from repeat(item, times(item))
+        return
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         groups.setdefault(keys[0](item), []).append(item)
-    queues = [interleave(group, *keys[1:]) for group in groups.values()]
-    longest = max(map(len, queues), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+    queues = [turns(group, *keys[1:], times=times) for group in groups.values()]
+    while queues:
+        left = []
+        for queue in queues:
+            for item in queue:
+                yield item
+                left.append(queue)
+                break
+        queues = left
 
 
 def draw_instances(examples: Sequence[Row], tasks: Sequence[str], per_task: int, seed: int) -> list[Row]:

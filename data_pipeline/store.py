@@ -11,10 +11,12 @@ import sqlite3
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from data_pipeline.preferences import Brief
+from data_pipeline.preferences import Brief, Rollouts
 from tagpr.errors import StageError
 from tagpr.schema import Chain
 
@@ -77,6 +79,14 @@ class Result:
     instance: int
     kind: Kind
     judged: bool = False
+
+
+class Label(NamedTuple):
+    """A chain's name, and what it is for."""
+
+    id: str
+    example_id: str
+    task: str
 
 
 def store_path(ledger: Path) -> Path:
@@ -231,32 +241,40 @@ class Store:
         with self._batched(1):
             self._database.execute("UPDATE chain SET tagged = ? WHERE id = ?", (tagged, chain_id))
 
-    def briefs(
-        self, kind: Kind | None = None, *, judged: bool | None = None, tagged: bool | None = None
-    ) -> list[Brief]:
-        """All chains without their texts, in the order of the draw; only those of a kind, judged, tagged, where asked for."""
-        where, values = ["1"], []
-        if kind is not None:
-            where.append("kind = ?")
-            values.append(kind)
+    def labels(self, kind: Kind, *, judged: bool | None = None, tagged: bool | None = None) -> list[Label]:
+        """All chains of a kind by name, in the order of the draw; only those judged, tagged, where asked for."""
+        where = ["kind = ?"]
         if judged is not None:
             where.append("judged" if judged else "NOT judged")
         if tagged is not None:
             where.append("tagged IS NOT NULL" if tagged else "tagged IS NULL")
         rows = self._database.execute(
-            "SELECT chain.id, example_id, task, user_id, answer, verifiable, reasoning FROM chain "
-            f"JOIN instance ON instance.number = chain.instance WHERE {' AND '.join(where)} "
-            "ORDER BY chain.instance, kind, rollout",
-            values,
+            "SELECT chain.id, example_id, task FROM chain JOIN instance ON instance.number = chain.instance "
+            f"WHERE {' AND '.join(where)} ORDER BY chain.instance, rollout",
+            (kind,),
         )
-        tasks: dict[str, str] = {}
-        examples: dict[str, str] = {}
+        same: dict[str, str] = {}
+        # Equal strings are one object: there are a hundred thousand of these.
         return [
-            # Equal strings are one object: there are a hundred thousand of these.
-            Brief.of(id_, examples.setdefault(example, example), tasks.setdefault(task, task),
-                     examples.setdefault(user, user), answer, verifiable, reasoning)
-            for id_, example, task, user, answer, verifiable, reasoning in rows
-        ]  # fmt: skip
+            Label(id_, same.setdefault(example, example), same.setdefault(task, task))
+            for id_, example, task in rows
+        ]
+
+    def rollouts(self) -> Iterator[Rollouts]:
+        """What each instance has to make pairs of, in the order of the draw. Nothing may be written meanwhile."""
+        rows = self._database.execute(
+            "SELECT chain.instance, kind, judged, chain.id, example_id, task, user_id, answer, verifiable, reasoning "
+            "FROM chain JOIN instance ON instance.number = chain.instance ORDER BY chain.instance, kind, rollout"
+        )
+        for _, own in groupby(rows, key=itemgetter(0)):
+            briefs: dict[Kind, list[Brief]] = {"main": [], "extra": [], "blank": []}
+            kept = []
+            for _, kind, judged, *values in own:
+                brief = Brief.of(*values)
+                briefs[kind].append(brief)
+                if kind == "main" and judged:
+                    kept.append(brief)
+            yield Rollouts(kept, [*briefs["main"], *briefs["extra"]], briefs["blank"])
 
     def chain(self, chain_id: str) -> Chain:
         """One chain with all that is known of it."""

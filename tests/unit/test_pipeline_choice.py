@@ -6,8 +6,16 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.preferences import Brief, choose_pairs, finish_pair, pqp_candidates, prp_candidates
-from data_pipeline.selection import interleave, select_chains
+from data_pipeline.preferences import (
+    Brief,
+    Candidate,
+    Rollouts,
+    choose_pairs,
+    finish_pair,
+    pqp_candidates,
+    prp_candidates,
+)
+from data_pipeline.selection import interleave, select_chains, shuffled
 from data_pipeline.settings import PreferenceSettings
 from tagpr.schema import Chain
 from tagpr.tags import split_response
@@ -119,7 +127,7 @@ def test_last_word_pairs_get_their_share_and_users_take_turns() -> None:
                 for word in words
             ]
     settings = SETTINGS.model_copy(update={"pqp_pairs": 100, "pqp_last_word_share": 0.4})
-    chosen = choose_pairs([], pqp_candidates(chains, 0.0), settings, seed=0)
+    chosen = choose_pairs(lambda: by_instance(chains, []), settings, seed=0)
     last = [pair for pair in chosen if pair.last_word_only]
     assert (len(chosen), len(last)) == (100, 40)
     assert all(
@@ -127,6 +135,58 @@ def test_last_word_pairs_get_their_share_and_users_take_turns() -> None:
     )
     assert set(Counter(pair.chosen.user_id for pair in last).values()) == {4}
     assert set(Counter(pair.chosen.user_id for pair in chosen).values()) == {10}
+
+
+def by_instance(personalised: list[Brief], without: list[Brief]) -> list[Rollouts]:
+    found: dict[str, tuple[list[Brief], list[Brief]]] = {}
+    for place, briefs in enumerate((personalised, without)):
+        for each in briefs:
+            found.setdefault(each.example_id, ([], []))[place].append(each)
+    return [Rollouts(own[::2], own, blank) for own, blank in found.values()]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 11), st.integers(0, 4), st.sampled_from(("x y", "x z", "w z"))), max_size=60),
+    st.lists(st.integers(0, 11), max_size=12),
+    st.sampled_from((None, 0.4)),
+    st.integers(0, 12),
+)  # fmt: skip
+def test_pairs_are_those_of_shuffling_all_there_are_and_taking_turns(
+    rollouts: list[tuple[int, int, str]], blanks: list[int], share: float | None, size: int
+) -> None:
+    def made(name: str, example: int, answer: str, value: int) -> Brief:
+        user, task = f"u{example % 3}", f"lamp{1 + example % 2}"
+        return brief(
+            name, answer, value / 4, task=task, example=str(example), user=user, reasoning=f"{value}{answer}"
+        )
+
+    personalised = [
+        made(f"r{number}", example, answer, value) for number, (example, value, answer) in enumerate(rollouts)
+    ]
+    without = [made(f"n{number}", example, "none", 0) for number, example in enumerate(blanks)]
+    instances = by_instance(personalised, without)
+    settings = SETTINGS.model_copy(
+        update={"prp_pairs": size, "pqp_pairs": 2 * size, "pqp_last_word_share": share}
+    )
+
+    def first(candidates: list[Candidate], count: int) -> list[Candidate]:
+        return interleave(
+            shuffled(candidates, lambda pair: pair.id, 5),
+            lambda pair: pair.chosen.user_id,
+            lambda pair: pair.chosen.task,
+            lambda pair: pair.chosen.example_id,
+        )[:count]
+
+    prp = [pair for each in instances for pair in prp_candidates(each.kept, each.without_profile, None)]
+    pqp = [pair for each in instances for pair in pqp_candidates(each.personalised, 0.0)]
+    expected = first(prp, size)
+    if share is None:
+        expected += first(pqp, 2 * size)
+    else:
+        last = round(share * 2 * size)
+        expected += first([pair for pair in pqp if pair.last_word_only], last)
+        expected += first([pair for pair in pqp if not pair.last_word_only], 2 * size - last)
+    assert choose_pairs(lambda: iter(instances), settings, seed=5) == expected
 
 
 def test_both_sides_of_a_pair_are_tagged_or_there_is_none() -> None:
