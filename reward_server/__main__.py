@@ -1,22 +1,16 @@
 """Stage ``serve_prmu``: serve a PRMU checkpoint until told to stop (S21). ``python -m reward_server``."""
 
 import asyncio
-import errno
-import ipaddress
 import logging
 import os
-import secrets
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
-import uvicorn
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
@@ -28,16 +22,15 @@ from reward_server.replicas import Replicas, check_settings, check_version
 from reward_server.serving import Served, Serving
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError, TagPRError
+from tagpr.listening import SHUTDOWN_S, keep_token, listen, serve, url_of
 from tagpr.prmu.encoding import Encoder
 from tagpr.prmu.model import content_version, load, load_encoder
-from tagpr.prmu.wire import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE, Address, read_token
+from tagpr.prmu.wire import ADMIN_TOKEN_VARIABLE, Address, read_token
 from tagpr.runs import check_model_folder, write_text_atomically
 
 logger = logging.getLogger("reward_server")
 
 PARENT_POLL_S = 1.0
-SHUTDOWN_S = 10
-KEEP_ALIVE_S = 65
 ANNOUNCE_EVERY_S = 2.0
 
 
@@ -62,7 +55,7 @@ def run(config: DictConfig) -> None:
             f"{server.max_items}, so a full request could never be taken. Raise it."
         )
     run_dir = Path(config.run.dir)
-    token, token_file = _token(server.token_file, server.host, run_dir)
+    token, token_file = keep_token(server.token_file, server.host, run_dir)
     if server.replicas > 1 or server.ray is not None:
         check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
         _supervise(config, token_file)
@@ -77,7 +70,7 @@ def _serve_here(config: DictConfig, token: str, token_file: str | None) -> None:
         server.max_item_characters,
     )  # fmt: skip
     admin = _admin(config, token)
-    listener = _listen(server.host, server.port)
+    listener = listen(server.host, server.port)
     check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
 
     started = time.monotonic()
@@ -86,7 +79,7 @@ def _serve_here(config: DictConfig, token: str, token_file: str | None) -> None:
     if server.expect_version is not None:
         check_version(server.expect_version, first.version)
     address_file = run_dir / "server.json"
-    url = _url(server.host, listener)
+    url = url_of(server.host, listener)
 
     def announce(served: Served) -> None:
         address = Address(url=url, model_version=served.version, pid=os.getpid(), token_file=token_file)
@@ -97,7 +90,7 @@ def _serve_here(config: DictConfig, token: str, token_file: str | None) -> None:
             time.monotonic() - started, address_file,
         )  # fmt: skip
 
-    async def serve() -> None:
+    async def run_server() -> None:
         serving = Serving(first, lambda folder: _load(config, folder), announce)
         reloads: set[asyncio.Task[None]] = set()
 
@@ -109,13 +102,13 @@ def _serve_here(config: DictConfig, token: str, token_file: str | None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         app = create_app(serving, token=token, limits=limits, admin=admin)
         try:
-            await _serve(app, listener, server.max_connections, lambda: announce(serving.current))
+            await serve(app, listener, server.max_connections, lambda: announce(serving.current))
         finally:
             await serving.close()
             logger.info("stopped after %d scores", serving.scored)
 
     try:
-        asyncio.run(serve())
+        asyncio.run(run_server())
     finally:
         if address_file.exists() and f'"pid":{os.getpid()}' in address_file.read_text("utf-8"):
             address_file.unlink()
@@ -158,38 +151,6 @@ def _admin(config: DictConfig, token: str) -> Admin | None:
     return Admin(admin_token, Path(server.checkpoints or Path(config.paths.prmu).resolve().parent))
 
 
-class _Server(uvicorn.Server):
-    """Tells when it listens."""
-
-    announce: Callable[[], None]
-
-    # Called by uvicorn, hence its name.
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.announce()
-
-
-async def _serve(
-    app: object, listener: socket.socket, max_connections: int, announce: Callable[[], None]
-) -> None:
-    server = _Server(
-        uvicorn.Config(
-            app,
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-            limit_concurrency=max_connections,
-            # Longer than clients keep idle connections: who closes first must not be the one that is written to.
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=SHUTDOWN_S,
-            ws="none",
-        )
-    )
-    server.announce = announce
-    await server.serve(sockets=[listener])
-
-
 def _load(config: DictConfig, folder: Path) -> Served:
     server = config.server
     name, device = choose_engine(server.engine, server.device)
@@ -225,68 +186,6 @@ def _check_engine(engine: Engine, encoder: Encoder) -> None:
         raise StageError(
             f"paths.prmu: the model's logit is {logit}. Train it again: bash recipes/train_prmu.sh"
         )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind at once, so that a taken port shows before the model loads."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"server.port={port}: is taken on {host}. Set another port, or 0 for any free one."
-            ) from None
-        raise ConfigError(
-            f"server.host={host} server.port={port}: cannot listen there ({error.strerror or error}). "
-            "Set an address of this machine and a port that you may use."
-        ) from None
-    except OverflowError:
-        listener.close()
-        raise ConfigError(f"server.port={port}: is no port. Set 0 to 65535.") from None
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    if host in ("0.0.0.0", "::", ""):
-        host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _token(token_file: str | None, host: str, run_dir: Path) -> tuple[str, str | None]:
-    """Token and the file it is in, if any; made up and kept in ``<run.dir>/token`` where none is given."""
-    token = read_token(token_file)
-    if token is not None:
-        return token, None if token_file is None else str(Path(token_file).resolve())
-    if not _is_loopback(host):
-        raise ConfigError(
-            f"server.host={host}: is open to other machines, and there is no token. "
-            f"Set server.token_file or {TOKEN_VARIABLE}."
-        )
-    path = run_dir / "token"
-    if not path.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".token.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(secrets.token_urlsafe(32) + "\n")
-        temporary.replace(path)
-    path.chmod(0o600)
-    kept = read_token(path)
-    assert kept is not None
-    return kept, str(path.resolve())
 
 
 def _exit_quietly(_: int, __: FrameType | None) -> None:

@@ -5,7 +5,6 @@ Bodies are people's data: they are never logged, and error messages do not quote
 """
 
 import asyncio
-import hmac
 import logging
 import math
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.batching import Batcher
 from reward_server.metrics import CONTENT_TYPE, Counting, Metrics
 from reward_server.serving import Served, Serving, checkpoint_folder
 from tagpr.errors import ConfigError, DataError, StageError
+from tagpr.listening import BearerAuth, BodyTooLarge, read_body
 from tagpr.prmu.client import sigmoid
 from tagpr.prmu.encoding import Encoded, Encoder
 from tagpr.prmu.wire import (
@@ -49,8 +48,6 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 KNOWN_FIELDS = {*ScoreRequest.model_fields, *ScoreItem.model_fields, *SwapRequest.model_fields}
 SWAP_BODY_BYTES = 4096
-# Times the size limit: a larger body is not even received.
-DRAIN = 4
 
 
 @dataclass(frozen=True)
@@ -81,38 +78,17 @@ class Admin:
     checkpoints: Path
 
 
-class BearerAuth:
-    """Lets nothing pass without the token but the health check; unknown paths too are refused, not
-    explained. The administrator's routes take the administrator's token, and no other one."""
-
-    def __init__(self, app: ASGIApp, token: str, admin_token: str | None = None) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-        self._admin = None if admin_token is None else f"Bearer {admin_token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == HEALTH_PATH):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            expected = self._admin if scope["path"] == SWAP_PATH and self._admin else self._expected
-            given = [value for name, value in scope["headers"] if name == b"authorization"]
-            if len(given) == 1 and hmac.compare_digest(given[0], expected):
-                await self._app(scope, receive, send)
-            else:
-                await _answer(_Refused(401, "unauthorized", "bearer token missing or wrong"))(
-                    scope, receive, send
-                )
-        else:
-            await send({"type": "websocket.close", "code": 1008})
-
-
 def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | None = None) -> FastAPI:
     """The application around a running checkpoint; its caller closes ``serving``. Without ``admin`` nobody can exchange it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     admitted = 0
     metrics = Metrics(serving, lambda: admitted)
-    app.add_middleware(BearerAuth, token=token, admin_token=None if admin is None else admin.token)
+    app.add_middleware(
+        BearerAuth,
+        token=token,
+        refusal=lambda: _answer(_Refused(401, "unauthorized", "bearer token missing or wrong")),
+        admin=None if admin is None else (SWAP_PATH, admin.token),
+    )
     app.add_middleware(Counting, metrics=metrics)
 
     @contextmanager
@@ -209,26 +185,10 @@ async def _scores(served: Served, asked: ScoreRequest) -> ScoreResponse:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    """The body, given up as soon as it is known to be too large.
-
-    What is only somewhat too large is received and dropped, as a client that is still sending would never see the answer.
-    """
-    declared = request.headers.get("content-length", "")
-    too_large = _Refused(413, "body_too_large", f"body is larger than {limit} bytes")
-    size = int(declared) if declared.isdecimal() else 0
-    if size > DRAIN * limit:
-        raise too_large
-    body = bytearray()
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > DRAIN * limit:
-            raise too_large
-        if max(received, size) <= limit:
-            body += chunk
-    if max(received, size) > limit:
-        raise too_large
-    return bytes(body)
+    try:
+        return await read_body(request, limit)
+    except BodyTooLarge:
+        raise _Refused(413, "body_too_large", f"body is larger than {limit} bytes") from None
 
 
 Body = TypeVar("Body", ScoreRequest, SwapRequest)

@@ -396,13 +396,13 @@ def test_settings_that_cannot_work(
 
 def test_a_generated_token_is_private_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TAGPR_PRMU_TOKEN", raising=False)
-    token, path = stage._token(None, "127.0.0.1", tmp_path / "run")
+    token, path = stage.keep_token(None, "127.0.0.1", tmp_path / "run")
     assert path == str(tmp_path / "run" / "token")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-    assert stage._token(None, "127.0.0.1", tmp_path / "run") == (token, path)
-    assert stage._token(None, "127.0.0.1", tmp_path / "other")[0] != token
+    assert stage.keep_token(None, "127.0.0.1", tmp_path / "run") == (token, path)
+    assert stage.keep_token(None, "127.0.0.1", tmp_path / "other")[0] != token
     monkeypatch.setenv("TAGPR_PRMU_TOKEN", TOKEN)
-    assert stage._token(None, "0.0.0.0", tmp_path / "run") == (TOKEN, None)
+    assert stage.keep_token(None, "0.0.0.0", tmp_path / "run") == (TOKEN, None)
 
 
 def test_process_serves_and_dies_with_its_parent(tmp_path: Path, folder: Path, prmu: Prmu) -> None:
