@@ -183,7 +183,7 @@ def estimate(
         source = f"no examples yet (chains.expected.prompt_tokens={expected.prompt_tokens})"
     texts = [prompt for prompt, _ in sample]
     without = [blank for _, blank in sample if blank is not None] or texts
-    chain = _stretch(expected.chain_tokens)
+    chain = _stretch(expected.chain_tokens, expected.segments)
     response = format_response(chain, "x" * int(expected.answer_tokens * BYTES_PER_TOKEN))
     judge_template = PromptTemplate.load("chains.prompts.judge", settings.prompts.judge, judge.PROMPT_FIELDS)
 
@@ -266,7 +266,7 @@ def estimate(
         made = stage(
             f"tagging ({mode})", "tagger", "tagger", tagged * again("tagger", expected.malformed),
             _mean(asked) + _schema(settings, restricted.request()),
-            approximate_tokens(restricted.typical_reply(chain)),
+            approximate_tokens(restricted.typical_reply(chain, expected.segments)),
             _mean(asked) - expected.chain_tokens, tagged / max(1, instances),
         )  # fmt: skip
         if mode != settings.tagging.mode and made.measured:
@@ -274,7 +274,7 @@ def estimate(
             plain = known.mean["tagger"]
             made = replace(
                 made, measured=False, prompt_tokens=plain[0],
-                completion_tokens=approximate_tokens(restricted.typical_reply(chain)),
+                completion_tokens=approximate_tokens(restricted.typical_reply(chain, expected.segments)),
             )  # fmt: skip
         tagging[mode] = made
     roles = frozenset(
@@ -285,9 +285,13 @@ def estimate(
     return Estimate(tuple(stages), tagging, settings.tagging.mode, roles, source)
 
 
-def _stretch(tokens: float) -> str:
+def _stretch(tokens: float, sentences: int = 1) -> str:
+    """A text of this length, of so many sentences at least."""
     length = int(tokens * BYTES_PER_TOKEN)
-    return (_SENTENCE * (length // len(_SENTENCE) + 1))[:length]
+    sentence = _SENTENCE
+    if length < sentences * len(sentence):
+        sentence = f"{_SENTENCE[: max(1, length // sentences - 2)]}. "
+    return (sentence * (length // len(sentence) + 1))[:length]
 
 
 def _mean(texts: Sequence[str]) -> float:

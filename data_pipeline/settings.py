@@ -62,6 +62,7 @@ class Expectations(Settings):
     judged: Share = Field(ge=0.0, le=1.0)
     unsolved: Share = Field(ge=0.0, le=1.0)
     untagged_in_pairs: Share = Field(ge=0.0, le=1.0)
+    segments: int = Field(ge=1)
     malformed: Share = Field(ge=0.0, le=1.0)
 
 

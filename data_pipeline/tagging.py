@@ -119,7 +119,7 @@ class RestrictedTagging:
         accept = accept_spans if self.mode == "span" else accept_tagged
         return accept(source, reply, self.minimum)
 
-    def typical_reply(self, source: str, segments: int = 6) -> str:
+    def typical_reply(self, source: str, segments: int) -> str:
         """A reply as it would be for this chain with so many segments, for estimates of what replies cost."""
         pieces = cut(source, self.minimum)
         segments = max(1, min(segments, len(pieces)))

@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.cost import (
     ENOUGH,
+    _stretch,
     check_budget,
     compare,
     estimate,
@@ -14,9 +15,10 @@ from data_pipeline.cost import (
 )
 from data_pipeline.ledger import Ledger
 from data_pipeline.settings import ChainSettings, read_settings
+from data_pipeline.tagging import RestrictedTagging
 from tagpr.chat.client import Reply
 from tagpr.chat.cost import Price
-from tagpr.chat.tokens import approximate_tokens
+from tagpr.chat.tokens import BYTES_PER_TOKEN, approximate_tokens
 from tagpr.configuration import compose, resolve
 from tagpr.errors import StageError
 
@@ -114,3 +116,11 @@ def test_a_ledger_s_replies_replace_what_was_expected(tmp_path: Path) -> None:
     lines = compare(own, rows)
     assert lines[1].split()[-3:] == ["1.000", "1.000", "1.000"]
     assert lines[2].split()[-3:] == ["1.000", "1.000", "1.000"]
+
+
+@pytest.mark.parametrize(("tokens", "segments"), [(27.0, 4), (60.0, 9), (900.0, 6)])
+def test_a_chain_that_is_expected_has_the_segments_that_are_expected(tokens: float, segments: int) -> None:
+    tagging = RestrictedTagging.load("paper", settings().prompts, 3)
+    chain = _stretch(tokens, segments)
+    assert len(chain) == int(tokens * BYTES_PER_TOKEN)
+    assert tagging.typical_reply(chain, segments).count("</") == segments
