@@ -1,10 +1,11 @@
 """How the two inputs of a preference pair go through the model: three layouts, the same logits and gradients (S18).
 
-Both inputs begin with the same user row and prompt, and often with the same first words of the response.
+Both inputs begin with the same user row and prompt, and often with the same first words of the response; other pairs of the batch
+may be about the same prompt, and have a response in common with this one.
 
-``shared_prefix``  one sequence ``[prefix, rest of chosen, rest of rejected]`` for a pair, all pairs of a batch behind each other.
-                   The rest of rejected looks at the prefix and at itself, never at chosen, and its (rotary) positions go on from
-                   the prefix: a tree of two branches.
+``shared_prefix``  one sequence ``[prefix, rest of one input, rest of another, ...]`` for the pairs of a prompt, each input once,
+                   the prompts of a batch behind each other. A rest looks at the prefix and at itself, never at another rest, and
+                   its (rotary) positions go on from the prefix: a tree with a branch for each input.
 ``padding_free``   both inputs in full, all behind each other, each looking at itself only. What shared_prefix is checked against.
 ``padded``         one input a row, padded on the right to the longest.
 
@@ -13,6 +14,7 @@ its parts and gives each to PyTorch's fused attention kernel, so no mask of the 
 """
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,10 +32,14 @@ ATTENTION = "tagpr_tree"
 
 
 class EncodedPair(NamedTuple):
-    """Token ids of both inputs of a pair; they share the user row and the prompt."""
+    """Token ids of both inputs of a pair; they share the user row and the prompt, ``prompt_tokens`` tokens.
+
+    Pairs with the same such tokens share them in a batch; 0 where this is not known, and the pair shares with no other.
+    """
 
     chosen: list[int]
     rejected: list[int]
+    prompt_tokens: int = 0
 
     @property
     def length(self) -> int:
@@ -46,7 +52,13 @@ class EncodedPair(NamedTuple):
         return EncodedPair(
             [row if token == own else token for token in self.chosen],
             [row if token == own else token for token in self.rejected],
+            self.prompt_tokens,
         )
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What pairs about the same prompt have in common: user row and prompt."""
+        return tuple(self.chosen[: self.prompt_tokens])
 
     @property
     def shared(self) -> int:
@@ -97,7 +109,6 @@ def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> B
     segments: list[Segment] = []
     places: list[tuple[int, int]] = []
     users: list[int] = []
-    ends = []
 
     def add(tokens: Sequence[int], user: int, position: int, prefix: tuple[int, int]) -> int:
         start = len(ids)
@@ -111,24 +122,40 @@ def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> B
         segments.append(Segment(start, len(ids), *prefix))
         return len(ids) - 1
 
-    for pair in pairs:
-        user, first = pair.chosen[0], len(ids)
-        chosen = add(pair.chosen, user, 0, (len(ids), len(ids)))
+    chosen_ends, rejected_ends = [0] * len(pairs), [0] * len(pairs)
+    for members in prompt_groups(pairs) if packing == "shared_prefix" else [[at] for at in range(len(pairs))]:
+        inputs = [side for at in members for side in (pairs[at].chosen, pairs[at].rejected)]
+        user, first, shared = inputs[0][0], len(ids), 0
+        ends: dict[tuple[int, ...], int] = {}
         if packing == "shared_prefix":
-            shared = pair.shared
-            rejected = add(pair.rejected[shared:], user, shared, (first, first + shared))
-        else:
-            rejected = add(pair.rejected, user, 0, (len(ids), len(ids)))
-        ends.append((chosen, rejected))
-    order = [chosen for chosen, _ in ends] + [rejected for _, rejected in ends]
+            # At least one token of each is left over, whose logit is read.
+            shared = min(len(commonprefix(inputs)), min(map(len, inputs)) - 1)
+        for each in inputs:
+            if (key := tuple(each)) in ends and packing == "shared_prefix":
+                continue
+            done = shared if ends else 0
+            ends[key] = add(each[done:], user, done, (first, first + done))
+        for at in members:
+            chosen_ends[at], rejected_ends[at] = (
+                ends[tuple(pairs[at].chosen)],
+                ends[tuple(pairs[at].rejected)],
+            )
     return Batch(
         torch.tensor([ids]),
         torch.tensor([positions]),
         torch.tensor(users),
         torch.tensor(places),
-        torch.tensor([(0, end) for end in order]),
+        torch.tensor([(0, end) for end in chosen_ends + rejected_ends]),
         tuple(segments),
     )
+
+
+def prompt_groups(pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    """Places of the pairs of each prompt, prompts in the order of their first pair."""
+    groups: dict[tuple[int, ...] | int, list[int]] = {}
+    for at, pair in enumerate(pairs):
+        groups.setdefault(pair.prompt if pair.prompt_tokens else at, []).append(at)
+    return list(groups.values())
 
 
 def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> Batch:

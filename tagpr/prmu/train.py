@@ -26,7 +26,8 @@ from tagpr import runs
 from tagpr.configuration import main
 from tagpr.errors import ConfigError, StageError
 from tagpr.prmu import model as prmu_model
-from tagpr.prmu.encoding import Encoder
+from tagpr.prmu.batches import bucketed_batches, drop_ids, micro_batches, share_of
+from tagpr.prmu.encoding import PLACES, Encoder
 from tagpr.prmu.figures import Figures, figures_by_group, table
 from tagpr.prmu.model import Prmu
 from tagpr.prmu.packing import PACKINGS, EncodedPair, Packing, logits, pack, use_packing
@@ -39,8 +40,6 @@ from tagpr.schema import PreferencePair
 logger = logging.getLogger("tagpr.prmu.train")
 
 LINE_EVERY_S = 10.0
-# Batches are cut from this many batches' worth of shuffled pairs sorted by length.
-BUCKET_BATCHES = 16
 ROW_INITS = ("preferences", "random")
 USER_ROWS = ("learned", "frozen", "none")
 
@@ -170,12 +169,14 @@ def prepare(settings: DictConfig, pairs: Sequence[PreferencePair], seed: int) ->
 def start_from_preferences(
     rows: RowTable, prmu: Prmu, pairs: Sequence[PreferencePair], row_std: float
 ) -> None:
-    """Replace random rows by :func:`tagpr.prmu.rows.preferred` ones of the same length, with some of the randomness left."""
+    """Replace random parts of rows by :func:`tagpr.prmu.rows.preferred` ones of the same length, with some randomness left."""
     words = prmu.model.get_input_embeddings().weight
     directions = preferred(words, encode_pairs(prmu.encoder, pairs), rows.first, len(rows.rows))
     length = row_std * math.sqrt(rows.rows.shape[1])
     known = directions.norm(dim=1) > 0
-    rows.rows[known] = length * directions[known].to(rows.rows.device) + NOISE * rows.rows[known]
+    centre = prmu_model.centre(prmu.model, prmu.tokenizer, prmu.encoder.users.place)
+    drawn = rows.rows[known] - centre
+    rows.rows[known] = centre + length * directions[known].to(rows.rows.device) + NOISE * drawn
 
 
 def finish(training: Training, settings: DictConfig, target: Path, manifest: str) -> str:
@@ -231,24 +232,18 @@ def train(
     while step < steps:
         epoch, place = divmod(step, steps_per_epoch)
         if place == 0 or not batches:
-            batches = bucketed_batches(
-                encoded, settings.batch_size, random.Random(f"order of epoch {epoch}, {seed}")
-            )
+            order = random.Random(f"order of epoch {epoch}, {seed}")
+            batches = bucketed_batches(encoded, settings.batch_size, order, settings.by_prompt)
         dropped = random.Random(f"dropped ids of step {step}, {seed}")
-        batch = [
-            pair.with_row(unknown) if dropped.random() < settings.id_dropout else pair
-            for pair in batches[place]
-        ]
+        batch = drop_ids(batches[place], settings.id_dropout, unknown, dropped, settings.by_prompt)
         share = _rate(step, steps, settings.warmup)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
-        own = batch[peers.rank :: peers.world]
+        own = share_of(batch, peers.rank, peers.world)
         index, gradient = [], []
-        for first in range(0, len(own), settings.micro_batch_size):
+        for part in micro_batches(own, settings.micro_batch_size, settings.by_prompt):
             leaf = _Leaf(training)
-            margins = training.margins(
-                own[first : first + settings.micro_batch_size], settings.packing, leaf.rows_of
-            )
+            margins = training.margins(part, settings.packing, leaf.rows_of)
             loss = -logsigmoid(margins).sum()
             (loss / len(batch)).backward()
             index.append(leaf.index)
@@ -360,13 +355,12 @@ def encode_pairs(encoder: Encoder, pairs: Sequence[PreferencePair]) -> list[Enco
     Raises:
         DataError: a pair is too long; names it.
     """
-    return [
-        EncodedPair(
-            encoder.encode(pair.id, pair.user_id, pair.prompt, pair.chosen).token_ids,
-            encoder.encode(pair.id, pair.user_id, pair.prompt, pair.rejected).token_ids,
-        )
-        for pair in pairs
-    ]
+    encoded = []
+    for pair in pairs:
+        chosen = encoder.encode(pair.id, pair.user_id, pair.prompt, pair.chosen)
+        rejected = encoder.encode(pair.id, pair.user_id, pair.prompt, pair.rejected)
+        encoded.append(EncodedPair(chosen.token_ids, rejected.token_ids, chosen.prefix_tokens))
+    return encoded
 
 
 def margins_of(
@@ -406,20 +400,6 @@ def pair_margins(prmu: Prmu, encoded: Sequence[EncodedPair], batch_size: int) ->
             for place, value in zip(chunk, values.tolist(), strict=True):
                 margins[place] = value
     return margins
-
-
-def bucketed_batches(
-    pairs: Sequence[EncodedPair], batch_size: int, rng: random.Random
-) -> list[list[EncodedPair]]:
-    """Every pair once, in random batches of pairs of similar length (less padding)."""
-    order = list(pairs)
-    rng.shuffle(order)
-    batches = []
-    for first in range(0, len(order), batch_size * BUCKET_BATCHES):
-        bucket = sorted(order[first : first + batch_size * BUCKET_BATCHES], key=lambda pair: pair.length)
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    rng.shuffle(batches)
-    return batches
 
 
 def fingerprint(config: DictConfig) -> str:
@@ -481,7 +461,7 @@ def _check(settings: DictConfig) -> None:
         ("packing", PACKINGS),
         ("user_rows", USER_ROWS),
         ("row_init", ROW_INITS),
-        ("row_place", ("first", "around")),
+        ("row_place", PLACES),
     ):
         if settings[key] not in values:
             raise ConfigError(f"train_prmu.{key}={settings[key]}: unknown. Set one of {', '.join(values)}.")

@@ -70,6 +70,31 @@ def test_layouts_agree_in_logits_and_gradients(built: tuple[prmu_model.PreTraine
             assert error <= 1e-5, (packing, name, error)
 
 
+def test_pairs_of_one_prompt_share_it_and_the_responses_they_have_in_common(
+    built: tuple[prmu_model.PreTrainedModel, UserRows],
+) -> None:
+    model, users = built
+    rng = random.Random(3)
+    pairs = []
+    for _ in range(3):
+        prompt = [rng.randrange(users.unknown_row, users.end), *(rng.randrange(300) for _ in range(40))]
+        # All begin with the same token of the response; the last is the beginning of the first.
+        one, two, three = ([*prompt, 9, *(rng.randrange(300) for _ in range(12))] for _ in range(3))
+        sides = [(one, two), (one, three), (two, three), (two, one[:-4])]
+        pairs += [EncodedPair(*side, len(prompt)) for side in sides]
+    rng.shuffle(pairs)
+    batch = pack(pairs, "shared_prefix", PAD)
+    assert batch.token_ids.shape[1] == 3 * (42 + 3 * 12 + 8)
+    oracle_logits, oracle = run(model, pairs, "padding_free")
+    values, gradients = run(model, pairs, "shared_prefix")
+    assert (values - oracle_logits).abs().max() <= 1e-5 * oracle_logits.abs().max()
+    for name, gradient in oracle.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    other_user = [pair.with_row(users.end) for pair in pairs]
+    assert [pair.prompt_tokens for pair in other_user] == [41] * 12
+    assert {pair.prompt[0] for pair in other_user} == {users.end}
+
+
 def test_padding_free_is_the_stock_model_on_each_input_alone(
     built: tuple[prmu_model.PreTrainedModel, UserRows],
 ) -> None:

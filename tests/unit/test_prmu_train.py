@@ -14,11 +14,12 @@ from prmu_tiny import make_base
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.prmu import train as stage
+from tagpr.prmu.batches import bucketed_batches, drop_ids, micro_batches, share_of
 from tagpr.prmu.figures import figures, figures_by_group
 from tagpr.prmu.model import load
 from tagpr.prmu.packing import EncodedPair
 from tagpr.prmu.pairs import pair_files, read_pairs, split_pairs
-from tagpr.prmu.train import bucketed_batches, encode_pairs, pair_margins
+from tagpr.prmu.train import encode_pairs, pair_margins
 from tagpr.runs import MetricsLog
 from tagpr.schema import PreferencePair
 
@@ -128,6 +129,40 @@ def test_batches_contain_every_pair_once_and_similar_lengths() -> None:
     assert padded < 1.15 * sum(one.length for one in pairs)
 
 
+def of_prompts(count: int, rng: random.Random) -> list[EncodedPair]:
+    """One to six pairs of each prompt, in any order."""
+    pairs = [
+        EncodedPair([7, number, *[1] * length, 2, at], [7, number, *[1] * length, 3, at], 2 + length)
+        for number, length in enumerate(rng.randrange(5, 200) for _ in range(count))
+        for at in range(rng.randint(1, 6))
+    ]
+    rng.shuffle(pairs)
+    return pairs
+
+
+def test_pairs_of_a_prompt_stay_together_and_lose_their_id_together() -> None:
+    pairs = of_prompts(200, random.Random(0))
+    batches = bucketed_batches(pairs, 16, random.Random(1), by_prompt=True)
+    assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
+    assert all(len(batch) <= 16 for batch in batches)
+    met = [prompt for batch in batches for prompt in {pair.prompt for pair in batch}]
+    assert len(met) < 200 + len(batches), "only a batch's last prompt may go on in another"
+    for batch in batches:
+        dropped = drop_ids(batch, 0.5, 9, random.Random(2), by_prompt=True)
+        assert [pair.prompt[1:] for pair in dropped] == [pair.prompt[1:] for pair in batch]
+        assert len({pair.prompt for pair in dropped}) == len({pair.prompt for pair in batch})
+        parts = list(micro_batches(batch, 6, by_prompt=True))
+        assert [pair for part in parts for pair in part] == batch
+        assert sum(len({pair.prompt for pair in part}) for part in parts) == len(
+            {pair.prompt for pair in batch}
+        ), "no prompt of six pairs or less is computed twice"
+        shares = [share_of(batch, rank, 3) for rank in range(3)]
+        assert [pair for share in shares for pair in share] == batch
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    rows = [pair.chosen[0] for batch in batches for pair in drop_ids(batch, 0.3, 9, random.Random(3), True)]
+    assert set(rows) == {7, 9}
+
+
 def test_bad_pair_files_name_file_line_and_pair(tmp_path: Path) -> None:
     with pytest.raises(
         StageError, match=r"prp\.jsonl: no preference pairs there\. Run `bash recipes/build_chains"
@@ -225,8 +260,10 @@ def test_dropped_ids_train_the_unknown_row(configure: Callable[..., Any]) -> Non
     )
 
 
-def test_rows_start_at_what_their_users_prefer(configure: Callable[..., Any]) -> None:
-    settings = configure("train_prmu.row_init_std=0.2").train_prmu
+@pytest.mark.parametrize("place", ["first", "ends"])
+def test_rows_start_at_what_their_users_prefer(configure: Callable[..., Any], place: str) -> None:
+    """Around zero or, where the head reads their state, around the token that ends a response."""
+    settings = configure("train_prmu.row_init_std=0.2", f"train_prmu.row_place={place}").train_prmu
     pairs = habit_pairs(users=4, each=3)
     training = stage.prepare(settings, pairs, 0)
     rows, users = training.rows.rows, training.prmu.encoder.users
@@ -235,10 +272,13 @@ def test_rows_start_at_what_their_users_prefer(configure: Callable[..., Any]) ->
         words[training.prmu.tokenizer.encode(word, add_special_tokens=False)].sum(0)
         for word in ("boats", "rain")
     )
+    end = words[training.prmu.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    around = end if place == "ends" else torch.zeros_like(end)
     for user, row in users.rows.items():
-        likes_boats = torch.dot(rows[row - users.unknown_row], boats - rain) > 0
+        own = rows[row - users.unknown_row] - around
+        likes_boats = torch.dot(own, boats - rain) > 0
         assert likes_boats == bool(int(user[1:]) % 2)
-        assert rows[row - users.unknown_row].norm() == pytest.approx(0.2 * 32**0.5, rel=0.3)
+        assert own.norm() == pytest.approx(0.2 * 32**0.5, rel=0.3)
     settings.row_init = "random"
     assert torch.equal(stage.prepare(settings, pairs, 0).rows.rows[0], rows[0]), (
         "the unknown row starts at random"
