@@ -44,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
+def make_base(folder: Path, seed: int = 0, max_tokens: int = 512) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -55,7 +55,7 @@ def make_base(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=max_tokens,
         tie_word_embeddings=True,
         initializer_range=0.2,
     )
@@ -64,9 +64,13 @@ def make_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_prmu(folder: Path, base: Path, seed: int = 0, head_scale: float = 50.0) -> UserRows:
+def make_prmu(
+    folder: Path, base: Path, seed: int = 0, head_scale: float = 50.0, max_tokens: int = 512
+) -> UserRows:
     """An untrained PRMU whose logits are spread enough to be told apart."""
-    model, tokenizer, users = prmu_model.build(str(base), USERS, row_std=0.3, max_tokens=512, seed=seed)
+    model, tokenizer, users = prmu_model.build(
+        str(base), USERS, row_std=0.3, max_tokens=max_tokens, seed=seed
+    )
     with torch.no_grad():
         model.get_parameter("score.weight").mul_(head_scale)
     prmu_model.save(folder, model, tokenizer, users, "{}")

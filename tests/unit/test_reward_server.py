@@ -473,29 +473,38 @@ from reward_server.engine import TransformersEngine, VllmEngine
 from tagpr.prmu.model import load
 
 if __name__ == "__main__":
-    folder, dtype, cache = sys.argv[1], sys.argv[2], sys.argv[3] == "on"
+    folder, dtype, cache, longest = sys.argv[1], sys.argv[2], sys.argv[3] == "on", int(sys.argv[4])
     prmu = load(folder)
     rng = random.Random(0)
     words = "the user likes short titles about boats and rain".split()
     text = lambda n: " ".join(rng.choices(words, k=n))
-    inputs = []
-    while len(inputs) < 520:
-        user, prompt = rng.choice(["ann", "bob", "cem", "nobody"]), text(rng.randint(1, 250))
-        n = rng.randint(1, 8)
-        inputs += [prmu.encoder.encode("a", user, prompt, text(rng.randint(0, 30))) for _ in range(n)]
+
+    def groups(count, prompt_words, response_words):
+        found = []
+        while len(found) < count:
+            user, prompt = rng.choice(["ann", "bob", "cem", "nobody"]), text(rng.randint(*prompt_words))
+            responses = [text(rng.randint(*response_words)) for _ in range(rng.randint(1, 8))]
+            found += [prmu.encoder.encode("a", user, prompt, each) for each in responses]
+        return found
+
+    # Prompts of a few words, and of the length that profiles of the paper have.
+    inputs = groups(520, (1, 250), (0, 30)) + groups(40, (1300, 1500), (150, 400))
     same = [prmu.encoder.encode("a", user, "boats", "rain") for user in ("ann", "bob", "cem", "x", "y")]
     inputs += same
+    assert max(len(each.token_ids) for each in inputs) > 1600
     want = TransformersEngine(prmu, 8192).score(inputs)
-    engine = VllmEngine(Path(folder), dtype, 512, 2048, 0.3, 1, cache)
+    engine = VllmEngine(Path(folder), dtype, longest, 2048, 0.3, 1, cache)
     spread, bound = max(want) - min(want), 1e-4 if dtype == "float32" else 0.05 * (max(want) - min(want))
     assert spread > 1
     for order in (list(range(len(inputs))), rng.sample(range(len(inputs)), len(inputs))):
         got = engine.score([inputs[i] for i in order])
         worst = max(abs(g - want[i]) for g, i in zip(got, order))
-        print(f"{dtype} cache {cache} worst {worst:.2e} of spread {spread:.2f}", flush=True)
+        print(f"{dtype} cache {cache}: {len(inputs)} together, worst {worst:.2e} of spread {spread:.2f}", flush=True)
         assert worst <= bound
-    for i in range(0, len(inputs), 50):  # alone
-        assert abs(engine.score([inputs[i]])[0] - want[i]) <= bound
+    alone = [*range(0, len(inputs) - 45, 50), *range(len(inputs) - 45, len(inputs), 5)]
+    worst = max(abs(engine.score([inputs[i]])[0] - want[i]) for i in alone)
+    print(f"{dtype} cache {cache}: {len(alone)} alone, worst {worst:.2e}", flush=True)
+    assert worst <= bound
     users = engine.score(same)
     assert len({round(logit, 3) for logit in users[:4]}) == 4 and abs(users[3] - users[4]) <= bound
     assert (engine.counts().cached_tokens > 0.2 * engine.counts().tokens) == cache, engine.counts()
@@ -507,17 +516,19 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "cache"), [("float32", "on"), ("float32", "off"), ("bfloat16", "on")])
-def test_vllm_gives_the_same_logits_as_transformers(folder: Path, dtype: str, cache: str) -> None:
+def test_vllm_gives_the_same_logits_as_transformers(tmp_path: Path, dtype: str, cache: str) -> None:
     """In a process of its own: vLLM takes memory and patches what it imports."""
-    script = folder.parent / "parity.py"
+    longest = 2560
+    make_prmu(tmp_path / "model", make_base(tmp_path / "base", 0, longest), max_tokens=longest)
+    script = tmp_path / "parity.py"
     script.write_text(PARITY)
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), dtype, cache],
+        [sys.executable, str(script), str(tmp_path / "model"), dtype, cache, str(longest)],
         env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=580,
     )
     assert "EQUAL" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
     print(done.stdout)
