@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from tagpr.errors import ConfigError
 from tagpr.rewards.weights import asks_prmu, read_weights
+from tagpr.rl.monitors import build
 
 # GSPO's ratio is a per-sequence geometric mean, two to three orders of magnitude closer to 1 than a token's ratio.
 LARGEST_GSPO_CLIP = 0.1
@@ -80,6 +81,7 @@ def check(config: DictConfig) -> None:
             f"objective.mode={objective.mode}: unknown. Use guided (eq. 5) or exploratory (eq. 11)."
         )
     read_weights(objective)
+    build(config.monitors)
     if trainer.nnodes > 1 and asks_prmu(objective) and config.prmu_client.url is None:
         raise ConfigError(
             f"prmu_client.url=null: trainer.nnodes={trainer.nnodes}, and a reward server of this run's own listens on loopback, "

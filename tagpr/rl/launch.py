@@ -6,6 +6,7 @@ Guided and exploratory RL differ in ``objective.mode`` and in the model they sta
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from tagpr.ray_jobs import connected, forwarded, use_token_if_there_is_one
 from tagpr.rewards.weights import asks_prmu
 from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.data import draw, examples_of, write_rows
+from tagpr.rl.monitors import Alert
 from tagpr.rl.preflight import Wanted, preflight
 from tagpr.runs import (
     check_model_folder,
@@ -47,6 +49,8 @@ CONNECT_DEADLINE_S = 30.0
 LEAST_MEMORY_GIB = {"cpu": 2.0, "cuda": 16.0}
 # For Ray's logs and objects that leave memory.
 LEAST_DISK_GIB = 5.0
+# Exit status of a run that a monitor stopped: nobody is to start it again by itself.
+ENDED_ON_PURPOSE = 3
 RECIPES = {"guided": "sft.sh", "exploratory": "guided_rl.sh"}
 
 
@@ -103,7 +107,7 @@ def run(config: DictConfig) -> None:
         ray_cluster(config),
     ):
         look_before(config)
-        train_or_name_the_fault(config)
+        ended = train_or_name_the_fault(config)
 
     # 3. Hand over
     last = latest_complete(Path(config.trainer.default_local_dir))
@@ -111,8 +115,20 @@ def run(config: DictConfig) -> None:
         raise StageError(
             f"{config.trainer.default_local_dir}: training left no complete checkpoint. See {run_dir}/driver.log."
         )
+    if ended is not None and ended.action == "stop":
+        logger.error(
+            "%s stopped after step %d, checkpoint saved: monitor %s: %s. See %s/alerts.jsonl; the same command goes on, "
+            "with monitors.%s.action=warn to its end.",
+            config.run.name, last[0], ended.monitor, ended.reason, run_dir, ended.monitor,
+        )  # fmt: skip
+        sys.exit(ENDED_ON_PURPOSE)
     with library_output_to(run_dir / "driver.log", config.run.verbose):
         export_model(last[1] / "actor", model)
+    if ended is not None:
+        write_json_atomically(
+            run_dir / "switched.json", {"step": last[0], "monitor": ended.monitor, "reason": ended.reason}
+        )
+        logger.info("this stage ends early, for the next one: monitor %s: %s", ended.monitor, ended.reason)
     write_json_atomically(steps_file, {"step": last[0]})
     logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
 
@@ -304,13 +320,13 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
     return environment
 
 
-def train_or_name_the_fault(config: DictConfig) -> None:
+def train_or_name_the_fault(config: DictConfig) -> Alert | None:
     """Train; where a group failed, find out whether the reward server is the reason and say so in one line."""
     from tagpr.rl.replay_buffer import RolloutFailure
     from tagpr.rl.trainer import train
 
     try:
-        train(config)
+        return train(config)
     except RolloutFailure as failure:
         log = Path(config.run.dir) / "driver.log"
         if config.prmu_client.url is not None and "version" in config.prmu_client:

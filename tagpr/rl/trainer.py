@@ -23,6 +23,7 @@ from tagpr.checkpoints import mark_complete
 from tagpr.errors import ConfigError
 from tagpr.rewards.weights import NAMES, read_weights
 from tagpr.rl.advantage import combine_normalised
+from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.runs import MetricsLog, write_text_atomically
@@ -43,6 +44,9 @@ class TagPRTrainer(PPOTrainerSync):
         """Weights are synced and a checkpoint, where there is one, is loaded: open the metrics at its step."""
         super().on_init_end()
         self._metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resumed_step=int(self.global_steps))
+        self.wanted_steps = int(self.total_training_steps)
+        self.watch = Watch(build(self.config.monitors), self.run_dir, resumed_step=int(self.global_steps))
+        self._end_early()
         logger.info(
             "workers ready after %.0f s; %s", time.monotonic() - self._started,
             f"resuming after step {self.global_steps}" if self.global_steps else "training from the start",
@@ -108,6 +112,13 @@ class TagPRTrainer(PPOTrainerSync):
             metrics["response_length/mean"],
             timing_raw["step"], timing_raw["gen"], timing_raw["update_actor"],
         )  # fmt: skip
+        self.watch.observe(global_steps, metrics)
+        self._end_early()
+
+    def _end_early(self) -> None:
+        """Where a monitor wants the run to end, the step after its alert is the last: verl saves and validates then."""
+        if self.watch.ending is not None:
+            self.total_training_steps = min(self.total_training_steps, self.watch.ending.step + 1)
 
     def _reward_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
         """Who was asked what, what came back, and what its reward was made of; padding rows left out."""
@@ -195,8 +206,11 @@ def _short(metric: str) -> str:
     return parts[1] if len(parts) > 2 else metric
 
 
-def train(config: DictConfig) -> None:
+def train(config: DictConfig) -> Alert | None:
     """Run verl's trainer in this process, with Ray already up; returns when the last step is done.
+
+    Returns:
+        The alert of the monitor that ended the run before its last step, if one did.
 
     Raises:
         ConfigError: verl's own validation refuses the configuration.
@@ -224,6 +238,8 @@ def train(config: DictConfig) -> None:
         )
         trainer.fit(agent_loops)
         succeeded = True
+        ending = trainer.watch.ending
+        return ending if ending is not None and ending.step < trainer.wanted_steps else None
     finally:
         if trainer is not None and getattr(trainer, "logger", None) is not None:
             trainer.logger.finish(exit_code=0 if succeeded else 1)
