@@ -137,7 +137,7 @@ def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | No
     """Command line of a stage: overrides in, exit status out.
 
     ``--cfg`` prints the composed configuration and stops. A :class:`TagPRError` is one line on standard error and
-    status 2; anything else is a bug and keeps its traceback.
+    its status (2 for wrong input); anything else is a bug and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -156,7 +156,7 @@ def main(stage: str, run: Callable[[DictConfig], None], argv: Sequence[str] | No
             run(config)
     except TagPRError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         sys.exit(130)

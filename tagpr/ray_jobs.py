@@ -252,6 +252,28 @@ def submit(
                 f"{override.partition('=')[0]}: looks like a secret, and a job's command can be read by everybody on the "
                 "cluster. Give a file that the nodes can read."
             )
+    client, job = start_job(url, stage, overrides, environment=environment, gpus=gpus)
+    at = f"--address {url}"
+    try:
+        name, status = follow_job(client, job, say)
+    except KeyboardInterrupt:
+        logger.info(
+            "job %s goes on: `ray job logs -f %s %s` follows it, `ray job stop %s %s` ends it",
+            job,
+            job,
+            at,
+            job,
+            at,
+        )
+        return 130
+    logger.info("job %s: %s", job, name.lower())
+    return status
+
+
+def start_job(
+    url: str, stage: str, overrides: Sequence[str], *, environment: Mapping[str, str], gpus: float = 0
+) -> tuple[Any, str]:
+    """The first half of :func:`submit`: (client of the cluster, name of the job)."""
     use_token_if_there_is_one()
     import ray.exceptions
     from ray.job_submission import JobSubmissionClient
@@ -284,21 +306,27 @@ def submit(
         "job %s: %d KiB of sources, %d variables sent to %s", job, size // 1024, len(environment), url
     )
     logger.info("`ray job logs -f %s %s` follows it too, `ray job stop %s %s` ends it", job, at, job, at)
+    return client, job
+
+
+def follow_job(client: Any, job: str, say: Callable[[str], None] | None = None) -> tuple[str, int]:
+    """The second half: pass the job's log on until it ends; (what Ray calls its end, exit status)."""
+    asyncio.run(_follow(client, job, say or _to_terminal))
+    return _final_status(client, job)
+
+
+def job_state(client: Any, job: str) -> str | None:
+    """What Ray calls the job's state; None where its cluster has been started anew and knows nothing of it.
+
+    Raises:
+        ConnectionError, RuntimeError: the cluster does not answer.
+    """
     try:
-        asyncio.run(_follow(client, job, say or _to_terminal))
-        status = _final_status(client, job)
-    except KeyboardInterrupt:
-        logger.info(
-            "job %s goes on: `ray job logs -f %s %s` follows it, `ray job stop %s %s` ends it",
-            job,
-            job,
-            at,
-            job,
-            at,
-        )
-        return 130
-    logger.info("job %s: %s", job, status[0].lower())
-    return status[1]
+        return str(client.get_job_info(job).status.value)
+    except RuntimeError as error:
+        if "404" in str(error) or "does not exist" in str(error):
+            return None
+        raise
 
 
 def _submit(client: Any, **job: Any) -> str:

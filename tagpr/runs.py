@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 from tagpr.errors import StageError
 from tagpr.schema import Manifest
 from tagpr.vocabulary import vocabulary
+
+logger = logging.getLogger(__name__)
 
 VERSIONED = (
     "tagpr",
@@ -152,15 +155,23 @@ class MetricsLog:
     """Appends ``{"step": int, "data": {name: number}}`` lines.
 
     verl's own file logger truncates its file when a run resumes. Opening this one at step s keeps the lines up to s, drops a
-    torn last line and the lines of steps that will be done again, and appends.
+    torn last line and the lines of steps that will be done again, and appends. Lines elsewhere that cannot be read (a disk
+    that was full, a machine that lost power) are moved to ``<name>.damaged`` and named.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in complete_lines(path) if json.loads(line)["step"] <= resumed_step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        kept = []
+        for number, line in enumerate(complete_lines(path, errors="replace"), start=1):
+            step = _step_of(line)
+            if step is None:
+                aside = path.with_name(f"{path.name}.damaged")
+                append_line(aside, line)
+                logger.warning(
+                    "%s: line %d cannot be read. Moved to %s, going on without it.", path, number, aside.name
+                )
+            elif step <= resumed_step:
+                kept.append(line)
+        write_text_atomically(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
@@ -173,15 +184,47 @@ class MetricsLog:
         self._file.close()
 
 
+def last_step(metrics: Path) -> int:
+    """Highest step in a file of :class:`MetricsLog`; 0 where it has none."""
+    steps = (_step_of(line) for line in complete_lines(metrics, errors="replace"))
+    return max((step for step in steps if step is not None), default=0)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        record = json.loads(line)
+        return int(record["step"]) if isinstance(record["data"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def complete_lines(path: Path) -> list[str]:
-    """Lines of a file that may still be written to, or whose writer was killed: without a torn last one; [] if absent."""
+def append_line(path: Path, line: str) -> None:
+    """Append one line, on the disk when this returns; behind a torn one, a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.rstrip("\n").encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def complete_lines(path: Path, errors: str = "strict") -> list[str]:
+    """Lines of a file that may still be written to, or whose writer was killed: without a torn last one; [] if absent.
+
+    ``errors``: what to do with bytes that are no UTF-8, as ``bytes.decode`` takes it.
+    """
     if not path.exists():
         return []
     # In bytes, and at line feeds only: the torn end may be half a character, and text may hold U+2028.
     return [
-        line.decode("utf-8") for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")
+        line.decode("utf-8", errors)
+        for line in path.read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
     ]

@@ -1,14 +1,24 @@
 """``python -m tagpr.rl guided_rl|exploratory_rl [key=value ...]``."""
 
+import os
 import sys
 
 import torch
+from omegaconf import DictConfig
 
 from tagpr.configuration import main
 from tagpr.rl.hardware import chosen
 from tagpr.rl.launch import run
+from tagpr.rl.supervisor import ATTEMPT
 
 if __name__ == "__main__":
     stage, overrides = sys.argv[1], sys.argv[2:]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    main(stage, run, [*chosen(overrides, gpus), *overrides])
+
+    def supervised(config: DictConfig) -> None:
+        """Train; where ``launch.restarts`` asks for it become the small process that has others do it."""
+        if config.launch.restarts and ATTEMPT not in os.environ:
+            os.execv(sys.executable, [sys.executable, "-m", "tagpr.rl.supervisor", *sys.argv[1:]])
+        run(config)
+
+    main(stage, supervised, [*chosen(overrides, gpus), *overrides])
