@@ -4,6 +4,7 @@
 """
 
 import importlib.metadata
+import sys
 from typing import Any
 
 import torch.distributed
@@ -48,6 +49,15 @@ def answer_for_vllm_distribution() -> None:
 
     version.answers_for_vllm = True  # type: ignore[attr-defined]
     importlib.metadata.version = version
+
+
+def leave_out_ascend() -> None:
+    """verl's weight transfer for Ascend NPUs is not imported.
+
+    verl (checkpoint_engine/__init__.py) tries every transfer there is in every process; this one imports all of vLLM and, with it,
+    torch's compiler: a quarter of the seconds that a process takes to start, in processes that need neither.
+    """
+    sys.modules.setdefault("verl.checkpoint_engine.hccl_checkpoint_engine", None)  # type: ignore[arg-type]
 
 
 def keep_linear_weights() -> None:

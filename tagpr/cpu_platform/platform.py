@@ -12,6 +12,7 @@ import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 from tagpr.cpu_platform import patches
+from tagpr.cpu_platform.roles import environment_of
 
 
 def _device_module() -> types.ModuleType:
@@ -129,7 +130,7 @@ class PlatformCPU(PlatformBase):
     def rollout_env_vars(self) -> dict[str, str]:
         """vLLM's CPU settings, forwarded to its server processes."""
         names = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
-        return {name: os.environ[name] for name in names if name in os.environ}
+        return {name: os.environ[name] for name in names if name in os.environ} | environment_of("rollout")
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
@@ -155,3 +156,4 @@ def _is_chosen() -> bool:
 if _is_chosen():
     patches.deduplicate_process_group_backends()
     patches.answer_for_vllm_distribution()
+    patches.leave_out_ascend()

@@ -103,8 +103,8 @@ def write_rows(
     return len(rows)
 
 
-def examples_of(folder: str, split: str) -> list[Example]:
-    """Read one split of the prepared examples.
+def check_examples(folder: str, split: str) -> Path:
+    """The file of one split of the prepared examples.
 
     Raises:
         StageError: the data has not been prepared.
@@ -112,4 +112,13 @@ def examples_of(folder: str, split: str) -> list[Example]:
     path = examples_file(folder, split)
     if not path.is_file():
         raise StageError(f"paths.examples={folder}: has no {path.name}. Run `bash recipes/prepare_data.sh`.")
-    return read_examples(path)
+    return path
+
+
+def examples_of(folder: str, split: str) -> list[Example]:
+    """Read one split of the prepared examples.
+
+    Raises:
+        StageError: the data has not been prepared.
+    """
+    return read_examples(check_examples(folder, split))
