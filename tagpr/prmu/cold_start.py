@@ -115,15 +115,17 @@ def fit_rows(
 
 
 def starts(prmu: Prmu, encoded: Sequence[EncodedPair], count: int) -> torch.Tensor:
-    """Rows before fitting, [count, hidden size]: as long as the learned ones, along what the pairs prefer."""
+    """Rows before fitting, [count, hidden size]: as far from the mean row as the learned ones, along what the pairs prefer."""
     weight = prmu.model.get_input_embeddings().weight.detach().float()
     users = prmu.encoder.users
     learned = weight[users.unknown_row + 1 : users.end]
     unknown = weight[users.unknown_row]
     # ``preferred`` keeps its row 0 for an unknown user, who has no pairs here.
     directions = preferred(weight, encoded, users.end - 1, count + 1, centred=False)[1:].to(weight.device)
-    length = learned.norm(dim=1).mean() if len(learned) else unknown.norm()
-    return length * directions + (learned.mean(0) if len(learned) else unknown)
+    if len(learned) < 2:
+        return unknown.norm() * directions + unknown
+    centre = learned.mean(0)
+    return (learned - centre).norm(dim=1).mean() * directions + centre
 
 
 def add_users(prmu: Prmu, source: Path, rows: Mapping[str, torch.Tensor], target: Path) -> str:

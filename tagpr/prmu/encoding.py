@@ -1,4 +1,4 @@
-"""PRMU's input: ``[user row] + chat-templated prompt (+ user row) + response + <|im_end|>`` as token ids (S17, S18).
+"""PRMU's input: ``[user row] + chat-templated prompt + response + <|im_end|> (+ user row)`` as token ids (S17, S18).
 
 Prompt and response are untrusted text. They are encoded with special tokens switched off, so that no text
 can stand for another user's row, end the response early or open a new turn; the template around them is
@@ -18,6 +18,9 @@ from tagpr.errors import ConfigError, DataError, StageError
 from tagpr.schema import Record
 
 USERS_FILE = "users.json"
+Place = Literal["first", "ends"]
+"""Where the user row stands, see :class:`UserRows`."""
+PLACES: tuple[Place, ...] = ("first", "ends")
 END_TOKEN = "<|im_end|>"
 TURN_TOKEN = "<|im_start|>"
 # Stands for the message while the chat template is taken apart; letters only, so no template escapes it.
@@ -32,9 +35,10 @@ class UserRows(Record):
 
     unknown_row: int
     rows: dict[str, int]
-    # first: the row is the first token; around: it is also the last one before the response, close to what it has to be
-    # compared with (a model of two layers does not find it a hundred tokens away). Prefixes are shared either way.
-    place: Literal["first", "around"] = "first"
+    # first: the row is the first token, and <|im_end|> the last, whose state the head reads. ends: the row is the last token as
+    # well, so its own state is read: it asks the response what this user wants to know. A model of two layers cannot bring a row
+    # at the start, the word it decides about and the end together. Prefixes are shared either way.
+    place: Place = "first"
 
     @model_validator(mode="after")
     def _without_gap(self) -> Self:
@@ -74,8 +78,7 @@ class UserRows(Record):
 class Encoded(NamedTuple):
     """Token ids of one input; the response starts at ``prefix_tokens``.
 
-    The user row is ``token_ids[0]`` and, with ``UserRows.place`` "around", the last token before the response; no text becomes
-    this id.
+    The user row is ``token_ids[0]`` and, with ``UserRows.place`` "ends", ``token_ids[-1]``; no text becomes this id.
     """
 
     token_ids: list[int]
@@ -84,7 +87,7 @@ class Encoded(NamedTuple):
 
 
 def rows_behind(
-    tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str], place: Literal["first", "around"] = "first"
+    tokenizer: PreTrainedTokenizerBase, user_ids: Sequence[str], place: Place = "first"
 ) -> UserRows:
     """Rows for users behind all tokens of a tokenizer, the unknown row first.
 
@@ -155,9 +158,9 @@ class Encoder:
         found = self.users.rows.get(user_id)
         row = self.users.unknown_row if found is None else found
         prefix = [row, *self._head, *self._untrusted(item_id, prompt), *self._tail]
-        if self.users.place == "around":
-            prefix.append(row)
         token_ids = [*prefix, *self._untrusted(item_id, response), self._end]
+        if self.users.place == "ends":
+            token_ids.append(row)
         if len(token_ids) > self.max_tokens:
             raise DataError(
                 f"item {item_id}: {len(token_ids)} tokens, more than the limit of {self.max_tokens}. "

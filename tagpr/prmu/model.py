@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from tagpr.errors import ConfigError, StageError
-from tagpr.prmu.encoding import USERS_FILE, Encoder, UserRows, rows_behind
+from tagpr.prmu.encoding import END_TOKEN, USERS_FILE, Encoder, Place, UserRows, rows_behind
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +51,13 @@ def build(
     max_tokens: int,
     seed: int,
     dtype: torch.dtype = torch.float32,
-    place: Literal["first", "around"] = "first",
+    place: Place = "first",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, UserRows]:
     """Base model plus user rows, drawn from a normal distribution of standard deviation ``row_std``.
 
-    A base without a reward head (a language model) gets a new one. ``max_tokens`` raises the stated context
-    length where the base's is shorter; rotary positions have no weights, so this changes no logit.
+    With ``place`` "ends" they are drawn around the embedding of ``<|im_end|>``: a row then reads a response as that token would,
+    which the base knows how to do, with something of its own. A base without a reward head (a language model) gets a new one.
+    ``max_tokens`` raises the stated context length where the base's is shorter; rotary positions have no weights, so this changes no logit.
 
     Raises:
         StageError: ``base`` is no model folder (or hub name) with safetensors and a tokenizer.
@@ -85,7 +85,9 @@ def build(
     with torch.no_grad():
         table = model.get_input_embeddings().weight
         rows = torch.randn(users.end - users.unknown_row, table.shape[1], generator=generator)
-        table[users.unknown_row : users.end] = (rows * row_std).to(table.dtype)
+        table[users.unknown_row : users.end] = (rows * row_std).to(table.dtype) + centre(
+            model, tokenizer, place
+        )
         for name in report["missing_keys"]:
             head = model.get_parameter(name)
             head.copy_(torch.randn(head.shape, generator=generator) * HEAD_STD)
@@ -94,6 +96,14 @@ def build(
     if model.config.max_position_embeddings < max_tokens:
         model.config.max_position_embeddings = max_tokens
     return model, tokenizer, users
+
+
+def centre(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Place) -> torch.Tensor:
+    """Around what user rows are drawn, [hidden size]."""
+    table = model.get_input_embeddings().weight.detach()
+    if place == "first":
+        return table.new_zeros(table.shape[1])
+    return table[tokenizer.convert_tokens_to_ids(END_TOKEN)].clone()
 
 
 def make_room(model: PreTrainedModel, size: int) -> None:

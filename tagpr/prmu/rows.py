@@ -87,9 +87,12 @@ def preferred(
     with torch.no_grad():
         for pair in pairs:
             shared = pair.shared
-            difference = words[pair.chosen[shared:]].float().sum(0) - words[
-                pair.rejected[shared:]
-            ].float().sum(0)
+            # A user row at the end is no word.
+            chosen, rejected = (
+                words[[token for token in ids[shared:] if token < first]].float().sum(0)
+                for ids in (pair.chosen, pair.rejected)
+            )
+            difference = chosen - rejected
             found[pair.chosen[0] - first] += torch.nn.functional.normalize(difference.cpu(), dim=0)
         found[0] = 0
         known = found.norm(dim=1) > 0

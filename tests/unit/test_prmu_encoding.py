@@ -50,6 +50,21 @@ def test_parts_are_row_template_response_end() -> None:
     assert not encoded.unknown_user
 
 
+def test_a_row_at_both_ends_leaves_the_shared_prefix_as_it_is() -> None:
+    ends = Encoder(TOKENIZER, ROWS.model_copy(update={"place": "ends"}), 512)
+    for user, row in (("bob", ROWS.rows["bob"]), ("nobody", ROWS.unknown_row)):
+        first = ENCODER.encode("a", user, "which tag?", "boats")
+        both = ends.encode("a", user, "which tag?", "boats")
+        assert both.token_ids == [*first.token_ids, row]
+        assert both.prefix_tokens == first.prefix_tokens
+    full = len(both.token_ids)
+    assert (
+        len(Encoder(TOKENIZER, ends.users, full).encode("a", "bob", "which tag?", "boats").token_ids) == full
+    )
+    with pytest.raises(DataError, match="item a"):
+        Encoder(TOKENIZER, ends.users, full - 1).encode("a", "bob", "which tag?", "boats")
+
+
 @given(prompt=hostile, response=hostile, other=hostile)
 def test_text_never_becomes_a_special_token_and_prefix_depends_on_user_and_prompt_alone(
     prompt: str, response: str, other: str

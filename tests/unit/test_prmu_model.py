@@ -9,9 +9,11 @@ import torch
 from prmu_tiny import USERS, make_base, make_prmu
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from reward_server.prefix import PrefixEngine
 from tagpr.errors import ConfigError, StageError
 from tagpr.prmu import model as prmu_model
 from tagpr.prmu.model import content_version, load, score_tokens
+from tagpr.prmu.packing import PACKINGS, EncodedPair, logits, pack, use_packing
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,38 @@ def test_padding_and_company_do_not_change_a_score(folders: tuple[Path, Path]) -
         alone = torch.cat([score_tokens(prmu.model, [i], prmu.encoder.pad_token_id) for i in ids])
     assert alone.std() > 0.05
     assert (together - alone).abs().max() <= 1e-5
+
+
+def test_a_row_at_both_ends_scores_alike_on_every_path(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The stock model on padded batches, the layouts of training and the server's shared prefixes."""
+    model, tokenizer, users = prmu_model.build(
+        str(folders[0]), USERS, row_std=0.3, max_tokens=512, seed=0, place="ends"
+    )
+    with torch.no_grad():
+        model.get_parameter("score.weight").mul_(50.0)
+    prmu_model.save(tmp_path / "ends", model, tokenizer, users, "{}")
+    prmu = load(tmp_path / "ends")
+    assert prmu.encoder.users.place == "ends"
+    inputs = [
+        prmu.encoder.encode("x", user, "which tag " * times, text)
+        for user in ("ann", "bob", "nobody")
+        for times in (1, 9)
+        for text in ("boats", "rain and boats", "")
+    ]
+    ids = [each.token_ids for each in inputs]
+    with torch.no_grad():
+        plain = score_tokens(prmu.model, ids, prmu.encoder.pad_token_id).tolist()
+    assert len({round(value, 3) for value in plain}) == len(plain)
+    assert PrefixEngine(load(tmp_path / "ends"), 100, 1 << 20).score(inputs) == pytest.approx(plain, abs=1e-4)
+    pairs = [EncodedPair(ids[at], ids[at + 1]) for at in range(0, len(ids), 3)]
+    expected = [plain[at] - plain[at + 1] for at in range(0, len(ids), 3)]
+    weight = prmu.model.get_input_embeddings().weight.detach()
+    for packing in PACKINGS:
+        use_packing(prmu.model, packing)
+        batch = pack(pairs, packing, prmu.encoder.pad_token_id)
+        with torch.no_grad():
+            values = logits(prmu.model, batch, weight[batch.users])
+        assert (values[: len(pairs)] - values[len(pairs) :]).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_version_is_the_content(folders: tuple[Path, Path], tmp_path: Path) -> None:
