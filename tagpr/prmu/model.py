@@ -57,7 +57,8 @@ def build(
 
     With ``place`` "ends" they are drawn around the embedding of ``<|im_end|>``: a row then reads a response as that token would,
     which the base knows how to do, with something of its own. A base without a reward head (a language model) gets a new one.
-    ``max_tokens`` raises the stated context length where the base's is shorter; rotary positions have no weights, so this changes no logit.
+    ``max_tokens`` raises the stated context length where the base's is shorter; rotary positions have no weights, so this
+    changes no logit.
 
     Raises:
         StageError: ``base`` is no model folder (or hub name) with safetensors and a tokenizer.
