@@ -3,7 +3,7 @@
 import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from tagpr import configuration
 from tagpr.errors import ConfigError, StageError, TagPRError
+from tagpr.ray_jobs import connected, forwarded
 
 # Gradients are added up in pieces of this size.
 BUCKET_BYTES = 64 * 2**20
@@ -162,28 +162,18 @@ def _worker(given: Mapping[str, Any]) -> None:
 def _ray(settings: DictConfig) -> Iterator[None]:
     from tagpr.local_ray import local_ray
 
-    if settings.ray.address is None:
+    if settings.ray.address is not None:
+        with connected(settings.ray.address, forwarded(), key="train_prmu.ray.address"):
+            yield
+        return
+    with ExitStack() as stack:
         try:
-            with local_ray(settings.workers * settings.threads + 1):
-                yield
-        except (ConnectionError, OSError) as error:
+            stack.enter_context(local_ray(settings.workers * settings.threads + 1))
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"train_prmu.workers={settings.workers}: Ray does not start ({error}). Set 1."
             ) from error
-        return
-    import ray
-
-    try:
-        ray.init(address=settings.ray.address, runtime_env={"env_vars": configuration.exported()})
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise ConfigError(
-            f"train_prmu.ray.address={settings.ray.address}: no Ray cluster answers there ({reason}). Mend it, or set null."
-        ) from error
-    try:
         yield
-    finally:
-        ray.shutdown()
 
 
 def _reason(error: BaseException) -> str:

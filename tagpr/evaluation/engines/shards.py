@@ -16,6 +16,7 @@ from tagpr.errors import ConfigError, StageError, TagPRError
 from tagpr.evaluation.engines import Completion, Completions, EngineSettings, Request, Sampling
 from tagpr.evaluation.prompts import PromptSettings
 from tagpr.local_ray import local_ray
+from tagpr.ray_jobs import connected, forwarded
 
 logger = logging.getLogger(__name__)
 
@@ -284,20 +285,16 @@ def _ray(replicas: int) -> Iterator[None]:
     Raises:
         StageError: it cannot be started or reached.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    if address := os.environ.get("RAY_ADDRESS"):
+        with connected(address, forwarded(), key="RAY_ADDRESS", log_to_driver=False):
+            yield
+        return
     with ExitStack() as stack:
         try:
-            if not address:
-                stack.enter_context(local_ray(max(replicas, os.cpu_count() or 1)))
-            else:
-                import ray
-
-                ray.init(address=address, log_to_driver=False)
-                stack.callback(ray.shutdown)
+            stack.enter_context(local_ray(max(replicas, os.cpu_count() or 1)))
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            where = f"RAY_ADDRESS={address}" if address else f"evaluate.engine.replicas={replicas}"
             raise StageError(
-                f"{where}: Ray cannot be started or reached ({reason}). Mend it, or use 1 replica."
+                f"evaluate.engine.replicas={replicas}: Ray cannot be started ({reason}). Mend it, or use 1 replica."
             ) from error
         yield
