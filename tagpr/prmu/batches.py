@@ -40,7 +40,7 @@ def bucketed_batches(
 def drop_ids(
     pairs: Sequence[EncodedPair], share: float, unknown_row: int, rng: random.Random, by_prompt: bool = False
 ) -> list[EncodedPair]:
-    """A share of the pairs as the unknown user's (S17); with ``by_prompt`` all pairs of a prompt or none, for they share the row."""
+    """A share of the pairs as the unknown user's (S17); with ``by_prompt`` a prompt's pairs together, for they share the row."""
     chosen: dict[tuple[int, ...] | int, bool] = {}
     found = []
     for at, pair in enumerate(pairs):
@@ -59,7 +59,7 @@ def share_of(batch: Sequence[EncodedPair], rank: int, world: int) -> Sequence[En
 def micro_batches(
     batch: Sequence[EncodedPair], size: int, by_prompt: bool = False
 ) -> Iterator[Sequence[EncodedPair]]:
-    """At most ``size`` pairs each, in order; with ``by_prompt`` pairs of a prompt are divided only where they are more than that."""
+    """At most ``size`` pairs each, in order; with ``by_prompt`` a prompt's pairs are divided only where they are more than that."""
     first = 0
     while first < len(batch):
         last = min(first + size, len(batch))

@@ -14,7 +14,6 @@ its parts and gives each to PyTorch's fused attention kernel, so no mask of the 
 """
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,11 +62,7 @@ class EncodedPair(NamedTuple):
     @property
     def shared(self) -> int:
         """Tokens that both inputs begin with; at least one of each is left over, whose logit is read."""
-        most = min(len(self.chosen), len(self.rejected)) - 1
-        for place in range(most):
-            if self.chosen[place] != self.rejected[place]:
-                return place
-        return most
+        return _shared((self.chosen, self.rejected))
 
 
 class Segment(NamedTuple):
@@ -128,8 +123,7 @@ def pack(pairs: Sequence[EncodedPair], packing: Packing, pad_token_id: int) -> B
         user, first, shared = inputs[0][0], len(ids), 0
         ends: dict[tuple[int, ...], int] = {}
         if packing == "shared_prefix":
-            # At least one token of each is left over, whose logit is read.
-            shared = min(len(commonprefix(inputs)), min(map(len, inputs)) - 1)
+            shared = _shared(inputs)
         for each in inputs:
             if (key := tuple(each)) in ends and packing == "shared_prefix":
                 continue
@@ -156,6 +150,14 @@ def prompt_groups(pairs: Sequence[EncodedPair]) -> list[list[int]]:
     for at, pair in enumerate(pairs):
         groups.setdefault(pair.prompt if pair.prompt_tokens else at, []).append(at)
     return list(groups.values())
+
+
+def _shared(inputs: Sequence[list[int]]) -> int:
+    """Tokens that all inputs begin with, at least one of each left over, whose logit is read."""
+    most = min(map(len, inputs)) - 1
+    # All others lie between these two.
+    first, last = min(inputs), max(inputs)
+    return next((place for place in range(most) if first[place] != last[place]), most)
 
 
 def _padded(pairs: Sequence[EncodedPair], pad_token_id: int) -> Batch:
