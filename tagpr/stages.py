@@ -58,6 +58,8 @@ STAGES: dict[str, Stage] = {
     "serve_prmu": Stage("reward_server", None, "", ("train_prmu",)),
     "guided_rl": Stage("tagpr.rl", "paths.guided", "config.json", ("prepare_data", "sft", "train_prmu"), takes_name=True),
     "exploratory_rl": Stage("tagpr.rl", "paths.exploratory", "config.json", ("prepare_data", "guided_rl"), takes_name=True),
+    "export": Stage("tagpr.export", None, "", ()),
+    "serve": Stage("tagpr.serving", None, "", ("prepare_data", "train_prmu", "exploratory_rl")),
     "evaluate": Stage("tagpr.evaluation", None, "", ("prepare_data", "base", "sft", "train_prmu", "guided_rl", "exploratory_rl")),
 }  # fmt: skip
 
@@ -105,6 +107,13 @@ def wanted(stage: str, config: DictConfig) -> list[str]:
     needs = list(STAGES[stage].needs)
     if stage == "guided_rl" and not asks_prmu(config.objective):
         needs.remove("train_prmu")
+    if stage == "serve":
+        unused = {
+            "prepare_data": config.serve.profiles is not None,
+            "train_prmu": not config.serve.prmu or config.prmu_client.url is not None,
+            "exploratory_rl": config.serve.model != config.paths.exploratory,
+        }
+        needs = [need for need in needs if not unused[need]]
     if stage == "evaluate" and config.evaluate.get("only"):
         labels = {"base": "base", "sft": "sft", "guided_rl": "guided", "exploratory_rl": "exploratory"}
         needs = [need for need in needs if need not in labels or labels[need] in config.evaluate.only]
