@@ -106,16 +106,16 @@ class Monitor(ABC):
 
 
 class TagCollapse(Monitor):
-    """Too little variety of tags, or none that are valid.
+    """Too little variety of tags, or none that are valid; of readable responses, the others are FormatEscape's.
 
     Args:
         entropy_fraction: fault below this part of the starting ``tags/entropy_bits``: few tags are left.
         transition_fraction: the same of ``tags/transition_entropy_bits``: every response takes the same path.
-        valid_fall: fault where ``tags/valid_frac`` has fallen by this much: what is not paid for is dropped.
+        valid_fall: fault where ``tags/readable_valid_frac`` has fallen by this much: what is not paid for is dropped.
         others: of :class:`Monitor`.
     """
 
-    reads = ("tags/entropy_bits", "tags/transition_entropy_bits", "tags/valid_frac")
+    reads = ("tags/entropy_bits", "tags/transition_entropy_bits", "tags/readable_valid_frac")
 
     def __init__(
         self, *, entropy_fraction: float, transition_fraction: float, valid_fall: float, **others: int
@@ -131,9 +131,9 @@ class TagCollapse(Monitor):
             start, now = self._start(name), self._now(name)
             if now < fraction * start:
                 return f"{name} fell from {start:.2f} to {now:.2f}, below {fraction:g} of it"
-        start, now = self._start("tags/valid_frac"), self._now("tags/valid_frac")
+        start, now = self._start(self.reads[2]), self._now(self.reads[2])
         if start - now > self.valid_fall:
-            return f"tags/valid_frac fell from {start:.2f} to {now:.2f}, by more than {self.valid_fall:g}"
+            return f"{self.reads[2]} fell from {start:.2f} to {now:.2f}, by more than {self.valid_fall:g}"
         return ""
 
 

@@ -36,6 +36,7 @@ NAMES: dict[str, str] = {
     "group/spread/mean": "standard deviation of the reward within a prompt's responses, mean over prompts",
     "<task>/group/zero_spread_frac": "share of all-equal groups, by task",
     "tags/valid_frac": "share of responses with R_tag = 0",
+    "tags/readable_valid_frac": "the same, among responses with a whole format (R_f = 1)",
     "tags/coverage/<tag>": "share of responses that use this tag",
     "tags/segments/<statistic>": "segments of a response",
     "tags/distinct/mean": "different tags of a response",
@@ -43,9 +44,9 @@ NAMES: dict[str, str] = {
     "tags/repeated_frac": "share of segments whose tag stood in the same response before",
     "tags/segment_tokens/mean": "reasoning tokens for each segment, over responses with segments",
     "tags/order_agreement": "share of pairs of segments with different tags that stand in the vocabulary's order",
-    "tags/entropy_bits": "entropy of the tags of all segments: 0 if only one is used, log2 of their number if all are alike",
-    "tags/transition_entropy_bits": "entropy of which tag follows a tag, start and end of the reasoning included",
-    "tags/commonest_sequence_frac": "share of responses with the commonest whole sequence of tags",
+    "tags/entropy_bits": "entropy of the tags of readable responses (R_f = 1): 0 if one only is used",
+    "tags/transition_entropy_bits": "entropy of which tag follows a tag, start and end included, in readable responses",
+    "tags/commonest_sequence_frac": "share of readable responses with the commonest whole sequence of tags",
     "length/reasoning/<statistic>": "tokens between <think> and </think>; 0 without both marks",
     "length/answer/<statistic>": "tokens of the rest, marks left out",
     "<task>/length/reasoning/mean": "the same, by task",
@@ -142,10 +143,17 @@ def _tags(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     metrics = {
         "tags/valid_frac": float(np.mean([info["tag"] == 0 for info in infos])),
         "tags/distinct/mean": float(np.mean([len(set(sequence)) for sequence in sequences])),
-        "tags/entropy_bits": _entropy(Counter(tag for sequence in sequences for tag in sequence)),
-        "tags/transition_entropy_bits": _transition_entropy(sequences),
-        "tags/commonest_sequence_frac": Counter(sequences).most_common(1)[0][1] / len(sequences),
     }
+    readable = [sequence for info, sequence in zip(infos, sequences, strict=True) if info["format"]]
+    if readable:
+        metrics |= {
+            "tags/entropy_bits": _entropy(Counter(tag for sequence in readable for tag in sequence)),
+            "tags/transition_entropy_bits": _transition_entropy(readable),
+            "tags/commonest_sequence_frac": Counter(readable).most_common(1)[0][1] / len(readable),
+            "tags/readable_valid_frac": float(
+                np.mean([info["tag"] == 0 for info in infos if info["format"]])
+            ),
+        }
     metrics |= _statistics("tags/segments", np.array([len(each) for each in sequences], float), STATISTICS)
     for tag in known:
         metrics[f"tags/coverage/{tag}"] = sum(tag in sequence for sequence in sequences) / len(sequences)

@@ -49,7 +49,7 @@ def healthy(steps: int, seed: int = 0) -> Stream:
             {
                 "tags/entropy_bits": noisy(2.69, 0.05),
                 "tags/transition_entropy_bits": noisy(0.73, 0.08),
-                "tags/valid_frac": min(1.0, noisy(0.96, 0.012)),
+                "tags/readable_valid_frac": min(1.0, noisy(0.96, 0.012)),
                 "tags/segments/mean": noisy(3.9, 0.04),
                 "tags/segment_tokens/mean": noisy(8.1, 0.12),
                 "tags/empty_frac": 0.0,
@@ -90,7 +90,7 @@ def several(*faults: Fault) -> Fault:
 FAULTS: dict[str, tuple[str, Fault]] = {
     "one tag is left": ("tag_collapse", toward("tags/entropy_bits", 0.3)),
     "every chain takes one path": ("tag_collapse", toward("tags/transition_entropy_bits", 0.05)),
-    "tags are dropped": ("tag_collapse", toward("tags/valid_frac", 0.3)),
+    "tags are dropped": ("tag_collapse", toward("tags/readable_valid_frac", 0.3)),
     "empty segments": ("tag_stuffing", toward("tags/empty_frac", 0.4)),
     "the same tag again": ("tag_stuffing", toward("tags/repeated_frac", 0.4)),
     "many small segments": (
