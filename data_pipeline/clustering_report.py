@@ -6,7 +6,7 @@ from importlib import resources
 from string import Template
 
 from data_pipeline.clustering import Cluster, Clustering, ProposedTag
-from tagpr.evaluation.figures import Series, line_chart
+from tagpr.page.figures import Series, line_chart
 
 WIDTH, HEIGHT, SIDE, MARGIN = 640, 420, 70, 34
 LINE, LETTER = 11.0, 6.0

@@ -19,7 +19,7 @@ from string import Template
 from data_pipeline.finished import Finished
 from data_pipeline.verdicts import COLUMNS, guarded
 from tagpr.benchmarks.tasks import get_task
-from tagpr.evaluation.report import tag_hues
+from tagpr.page.parts import tag_hues
 from tagpr.schema import Example, ProfileItem
 from tagpr.tags import neutralise, parse_segments, split_response, vocabulary
 

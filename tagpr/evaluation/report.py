@@ -1,31 +1,30 @@
 """One self-contained page: figures, curves, chains side by side. Nothing untrusted reaches it unescaped."""
 
 import html
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from string import Template
 
 from tagpr.benchmarks.tasks import get_task
-from tagpr.errors import DataError
-from tagpr.evaluation.figures import Series, interval_chart, line_chart
 from tagpr.evaluation.rows import Row
 from tagpr.evaluation.score import Summary, SweepPoint
 from tagpr.evaluation.tables import MEASURE_NAMES, METRIC_NAMES, SYNTHETIC, Table, tables
+from tagpr.page.figures import Series, interval_chart
+from tagpr.page.parts import (
+    COLOURS,
+    Curves,
+    escaped,
+    figure,
+    marked,
+    read_metrics,
+    reasoning_blocks,
+    style_sheet,
+    thin,
+)  # fmt: skip
 from tagpr.schema import RewardBreakdown
-from tagpr.tags import parse_segments, vocabulary
-
-# Curves' colours in the page's style sheet: c0, c1, ...
-COLOURS = 6
-
-# A page must open on any machine: longer texts are cut here (and say so), never in the rows' files.
-LONGEST_TEXT = 20_000
-MOST_POINTS = 400
+from tagpr.vocabulary import vocabulary
 
 REWARDS = {
     "reward/total/mean": "reward (of its stage)",
@@ -37,8 +36,6 @@ REWARDS = {
     "response_length/mean": "response tokens",
     "training/rollout_probs_diff_max": "rollout vs actor: largest difference of probabilities",
 }
-# Colours of the tags: chosen for the paper's nine, after them as far apart as the golden angle puts them.
-_HUES = (210, 170, 130, 70, 40, 15, 340, 300, 260)
 
 
 @dataclass(frozen=True)
@@ -49,36 +46,6 @@ class Case:
     prompt: str
     rows: Mapping[str, Row]
     rewards: Mapping[str, RewardBreakdown] = field(default_factory=dict)
-
-
-Curves = dict[str, list[tuple[float, float]]]
-
-
-def read_metrics(path: Path) -> Curves:
-    """Curves of a ``metrics.jsonl``, name -> (step, value) by step.
-
-    Its lines are ``{"step": int, "data": {name: number}}``. A step that occurs again, after a resume, counts as
-    it was last; values that are not finite numbers and a last line torn by a kill are left out.
-
-    Raises:
-        DataError: another line is not of that form.
-    """
-    curves: dict[str, dict[float, float]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            step, data = float(entry["step"]), dict(entry["data"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise DataError(
-                f'{path}:{number}: is not {{"step": ..., "data": {{...}}}}. Move the file away.'
-            ) from None
-        for name, value in data.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                curves.setdefault(name, {})[step] = float(value)
-    return {name: sorted(curve.items()) for name, curve in curves.items()}
 
 
 def choose_cases(rows: Mapping[str, Sequence[Row]], number: int) -> list[str]:
@@ -123,7 +90,7 @@ def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path])
         legend=" ".join(
             f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary())
         ),
-        hues=tag_hues(len(vocabulary())),
+        style=style_sheet(),
     )
 
 
@@ -229,11 +196,11 @@ def _reward_curves(metrics: Mapping[str, Path]) -> str:
     charts = []
     for name in [*REWARDS, *validation]:
         series = [
-            Series(stage, _thin([(step + shift, value) for step, value in curves[name]]), number)
+            Series(stage, thin([(step + shift, value) for step, value in curves[name]]), number)
             for number, (stage, curves, shift) in enumerate(stages)
             if name in curves
         ]
-        charts.append(_figure(REWARDS.get(name, name), name, series))
+        charts.append(figure(REWARDS.get(name, name), name, series))
     key = (
         '<p class="key"><span class="swatch c0"></span>guided <span class="swatch c1"></span>exploratory '
         f"(its step 0 is guided's last, {offset:g}); across: training steps</p>"
@@ -253,7 +220,7 @@ def _loss_curves(metrics: Mapping[str, Path]) -> str:
         if curves and not shown:
             gaps.append(f"{stage}: its metrics name neither a loss nor an accuracy.")
         charts += [
-            _figure(f"{stage}: {name}", name, [Series(stage, _thin(curves[name]), number)]) for name in shown
+            figure(f"{stage}: {name}", name, [Series(stage, thin(curves[name]), number)]) for name in shown
         ]
     return _gaps(gaps) + (f'<div class="charts">{"".join(charts)}</div>' if charts else "")
 
@@ -262,35 +229,14 @@ def _gaps(sentences: Sequence[str]) -> str:
     return "".join(f'<p class="gap">{html.escape(sentence)}</p>' for sentence in sentences if sentence)
 
 
-def _figure(title: str, name: str, series: Sequence[Series]) -> str:
-    chart = line_chart(series, title)
-    if not chart:
-        return ""
-    ends = "; ".join(
-        f"{each.name} {each.points[0][1]:.3g} → {each.points[-1][1]:.3g}" for each in series if each.points
-    )
-    return (
-        f"<figure><figcaption title='{html.escape(name)}'>{html.escape(title)}"
-        f"<small>{html.escape(ends)}</small></figcaption>{chart}</figure>"
-    )
-
-
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    stride = math.ceil(len(points) / MOST_POINTS) or 1
-    kept = list(points[::stride])
-    if points and kept[-1] != points[-1]:
-        kept.append(points[-1])
-    return kept
-
-
 def _case(case: Case) -> str:
     some = next(iter(case.rows.values()))
     columns = "".join(_column(label, row, case.rewards.get(label)) for label, row in case.rows.items())
     return (
         f"<article><h3>{html.escape(case.id)} <small>user {html.escape(some.user_id)}</small></h3>"
-        f"<p>Gold: <q>{_text(some.gold)}</q></p>"
+        f"<p>Gold: <q>{escaped(some.gold)}</q></p>"
         f"<details><summary>Prompt ({some.prompt_tokens:,} tokens, {some.items_used} profile items)</summary>"
-        f"<pre>{_text(case.prompt)}</pre></details><div class='columns'>{columns}</div></article>"
+        f"<pre>{escaped(case.prompt)}</pre></details><div class='columns'>{columns}</div></article>"
     )
 
 
@@ -307,56 +253,8 @@ def _column(label: str, row: Row, reward: RewardBreakdown | None) -> str:
         facts.append(row.failure)
     told = row.format == 1.0 or row.reasoning or row.answer
     body = (
-        f"{_reasoning(row.reasoning)}<p class='answer'>{_text(row.answer) or '(no answer)'}</p>"
+        f"{reasoning_blocks(row.reasoning)}<p class='answer'>{escaped(row.answer) or '(no answer)'}</p>"
         if told
-        else f"<div class='chain'>{_marked(row.response) or '(empty)'}</div>"
+        else f"<div class='chain'>{marked(row.response) or '(empty)'}</div>"
     )
     return f"<div><h4>{html.escape(label)} <small>{html.escape(', '.join(facts))}</small></h4>{body}</div>"
-
-
-def _reasoning(reasoning: str) -> str:
-    """Segments as blocks where the tags parse; else the text as it is, with the tags it has marked."""
-    parsed = parse_segments(reasoning)
-    if parsed.problem or not parsed.segments:
-        return f"<div class='chain'>{_marked(reasoning)}</div>"
-    tags = list(vocabulary())
-    blocks = ""
-    for tag, text in parsed.segments:
-        hue = f"t{tags.index(tag)}"
-        blocks += f'<div class="segment {hue}"><span class="pill {hue}">{tag}</span> {_text(text)}</div>'
-    return f"<div class='chain'>{blocks}</div>"
-
-
-def _marked(text: str) -> str:
-    tags = list(vocabulary())
-    parts = []
-    for number, part in enumerate(_tag_marks(tuple(tags)).split(_cut(text))):
-        if number % 2:
-            number = tags.index(part.strip("</>"))
-            parts.append(f'<span class="pill t{number}">{html.escape(part)}</span>')
-        else:
-            parts.append(html.escape(part))
-    return "".join(parts)
-
-
-@lru_cache(maxsize=8)
-def _tag_marks(tags: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"(</?(?:{'|'.join(map(re.escape, tags))})>)")
-
-
-def tag_hues(tags: int) -> str:
-    """Style sheet of the first ``tags`` tags' colours."""
-    hues = [*_HUES, *(round(number * 137.5) % 360 for number in range(len(_HUES), tags))]
-    return " ".join(f".t{number} {{ --hue: {hue}; }}" for number, hue in enumerate(hues[:tags]))
-
-
-def _text(text: str) -> str:
-    return html.escape(_cut(text))
-
-
-def _cut(text: str) -> str:
-    # Half a surrogate pair cannot be written as UTF-8.
-    text = text.encode("utf-8", errors="replace").decode("utf-8")
-    if len(text) <= LONGEST_TEXT:
-        return text
-    return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters in the rows' file)"

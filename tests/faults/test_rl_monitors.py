@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from rl_monitors import PATHOLOGIES, eq5, judge, run
+from tests.faults.rl_monitors import PATHOLOGIES, eq5, judge, run
 
 
 @pytest.mark.parametrize("name", PATHOLOGIES)

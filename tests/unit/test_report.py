@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from test_evaluation_score import answered, compared, model, summary, tagged
 
 from tagpr.errors import DataError
-from tagpr.evaluation.figures import Series, line_chart, ticks
-from tagpr.evaluation.report import Case, choose_cases, read_metrics, render
+from tagpr.evaluation.report import Case, choose_cases, render
 from tagpr.evaluation.score import Summary
+from tagpr.page.figures import Series, line_chart, ticks
+from tagpr.page.parts import read_metrics
 
 ATTACK = '</pre><script>alert(1)</script><img src=x onerror="alert(2)">&lt;b&gt; \' $title ${x} \ud83d'
 

@@ -229,16 +229,16 @@ def test_exploratory_tagging_names_no_tag_at_all(five: Path) -> None:
 def test_evaluation_follows(five: Path) -> None:
     from test_evaluation_score import answered
 
-    from tagpr.evaluation import report
+    from tagpr.page import parts
 
     text = reply("understand", "weigh", "decide")
     row: Row = answered("lamp1:1", text, task="lamp1", gold="[1]")
     assert row.tags == {"understand": 1, "weigh": 1, "decide": 1}
     assert (row.tag, row.failure) == (0.0, "")
-    assert report._reasoning(split_response(text).reasoning).count('class="segment t') == 3
-    assert "t5" not in report.tag_hues(len(FIVE))
-    assert report._marked("<weigh> and <make_decision>").count("pill") == 1
-    twelve = report.tag_hues(12)
+    assert parts.reasoning_blocks(split_response(text).reasoning).count('class="segment t') == 3
+    assert "t5" not in parts.tag_hues(len(FIVE))
+    assert parts.marked("<weigh> and <make_decision>").count("pill") == 1
+    twelve = parts.tag_hues(12)
     assert len(set(twelve.split("--hue: ")[1:])) == 12
 
 
