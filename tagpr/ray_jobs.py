@@ -319,7 +319,7 @@ def job_state(client: Any, job: str) -> str | None:
     """What Ray calls the job's state; None where its cluster has been started anew and knows nothing of it.
 
     Raises:
-        ConnectionError, RuntimeError: the cluster does not answer.
+        OSError, RuntimeError: the cluster does not answer.
     """
     try:
         return str(client.get_job_info(job).status.value)
@@ -369,6 +369,8 @@ async def _follow(client: Any, job: str, say: Callable[[str], None]) -> None:
                     say(fresh)
             return
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
+            if "404" in str(error) or "does not exist" in str(error):
+                raise StageError(f"job {job}: its cluster has been started anew, and does not know it.") from error
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > LOST_CONNECTION_S:
                 raise StageError(

@@ -38,7 +38,7 @@ ATTEMPT = "TAGPR_ATTEMPT"
 GRACE_S = 30.0
 HISTORY = "restarts.jsonl"
 # What asking a cluster raises while it is away.
-FAULTS = (TagPRError, ConnectionError, RuntimeError)
+FAULTS = (TagPRError, OSError, RuntimeError)
 ASK_EVERY_S = 3.0
 # As sysexits' EX_TEMPFAIL: another attempt may go well.
 CLUSTER_LOST = 75
@@ -302,7 +302,7 @@ class ClusterJob:
         end: ends a job.
         patience_s: how long the cluster may be away.
 
-    All of them raise TagPRError, ConnectionError or RuntimeError where the cluster does not answer.
+    All of them raise TagPRError, OSError or RuntimeError where the cluster does not answer.
     """
 
     def __init__(

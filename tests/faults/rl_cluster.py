@@ -139,11 +139,15 @@ class Cluster:
     @contextmanager
     def up(self) -> Iterator["Cluster"]:
         try:
+            (self.work / "reward" / "server.json").unlink(missing_ok=True)
             self.start("reward")
             self.start("head")
             time.sleep(10)
             self.start("worker")
             self._keeper.start()
+            give_up = time.monotonic() + 200
+            while not (self.work / "reward" / "server.json").exists() and time.monotonic() < give_up:
+                time.sleep(0.5)
             yield self
         finally:
             self._over.set()
@@ -200,7 +204,7 @@ class Run:
             f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"paths.prmu={outputs}/prmu/model",
             f"paths.base={outputs}/base/model", f"paths.chains={outputs}/chains",
             "trainer.nnodes=2", "trainer.n_gpus_per_node=1", f"trainer.total_training_steps={steps}", "trainer.save_freq=1",
-            "trainer.test_freq=-1", "trainer.val_before_train=false", "data.train_batch_size=8", "benchmark.rl_rows=64",
+            "trainer.test_freq=-1", "trainer.val_before_train=false", "data.train_batch_size=8", "benchmark.tasks=[lamp3]",
             "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.max_num_seqs=32",
             f"prmu_client.url={cluster.reward_url}", f"prmu_client.token_file={cluster.work}/prmu.token",
             "prmu_client.deadline_s=90", "watchdog.floor_s=40", "watchdog.start_s=300", *extra,
