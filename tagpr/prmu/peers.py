@@ -16,6 +16,8 @@ from tagpr.ray_jobs import connected, forwarded
 
 # Gradients are added up in pieces of this size.
 BUCKET_BYTES = 64 * 2**20
+# For the processes to come up and import everything; Ray Train's own minute is short on a busy machine or a slow file system.
+START_TIMEOUT_S = 300
 
 
 class Peers:
@@ -103,8 +105,8 @@ def run_together(entry: str, config: DictConfig, gpus: bool) -> None:
     """Run the function ``entry`` ("module:name") on ``config``, in ``train_prmu.workers`` processes of Ray Train.
 
     With one worker: in this process, without Ray. A worker that dies takes its group down; Ray starts the group again, up to
-    ``train_prmu.ray.most_failures`` times, and it goes on from its last checkpoint. All nodes must see ``run.outputs`` at the
-    same path.
+    ``train_prmu.ray.most_failures`` times, and it goes on from its last checkpoint. So it does where the group does not come up
+    within START_TIMEOUT_S (Ray's default is to try for ever). All nodes must see ``run.outputs`` at the same path.
 
     Raises:
         StageError: the group failed for good; says why.
@@ -113,6 +115,7 @@ def run_together(entry: str, config: DictConfig, gpus: bool) -> None:
     if settings.workers == 1:
         pkgutil.resolve_name(entry)(config)
         return
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     with _ray(settings):
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -134,7 +137,10 @@ def run_together(entry: str, config: DictConfig, gpus: bool) -> None:
             run_config=RunConfig(
                 name="train_prmu",
                 storage_path=str(Path(config.run.dir, "ray").absolute()),
-                failure_config=FailureConfig(max_failures=settings.ray.most_failures),
+                failure_config=FailureConfig(
+                    max_failures=settings.ray.most_failures,
+                    controller_failure_limit=settings.ray.most_failures,
+                ),
             ),
         )
         try:
@@ -168,7 +174,7 @@ def _ray(settings: DictConfig) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(local_ray(settings.workers * settings.threads + 1))
+            stack.enter_context(local_ray(settings.workers * settings.threads + 1, quiet=False))
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"train_prmu.workers={settings.workers}: Ray does not start ({error}). Set 1."
