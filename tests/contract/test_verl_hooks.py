@@ -20,7 +20,8 @@ def parameters(function) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "on_init_end", "on_validate_begin", "on_train_begin",
+        "on_init_end", "on_validate_begin", "on_train_begin", "on_sample_begin", "on_sample_end", "on_step_end",
+        "_compute_old_log_prob", "_update_actor",
         "_validate", "_compute_advantage", "_compute_metrics", "_log_rollout_data", "_save_checkpoint",
     ],
 )  # fmt: skip
