@@ -1,5 +1,6 @@
 """What our HTTP servers have in common: a port taken at once, a bearer token, bodies that are given up when they are too large."""
 
+import asyncio
 import errno
 import hmac
 import ipaddress
@@ -105,9 +106,13 @@ class Server(uvicorn.Server):
 
 
 async def serve(
-    app: object, listener: socket.socket, max_connections: int, announce: Callable[[], None]
+    app: object,
+    listener: socket.socket,
+    max_connections: int,
+    announce: Callable[[], None],
+    stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; ``announce`` is called once the server listens."""
+    """Serve until SIGTERM, SIGINT or ``stop``; ``announce`` is called once the server listens."""
     server = Server(
         uvicorn.Config(
             app,
@@ -122,7 +127,18 @@ async def serve(
         )
     )
     server.announce = announce
-    await server.serve(sockets=[listener])
+
+    async def end() -> None:
+        assert stop is not None
+        await stop.wait()
+        server.should_exit = True
+
+    ending = asyncio.create_task(end()) if stop is not None else None
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        if ending is not None:
+            ending.cancel()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 
 from tagpr.configuration import main
-from tagpr.errors import ConfigError
+from tagpr.errors import ConfigError, RunFault
 from tagpr.evaluation.prompts import PromptRenderer, PromptSettings
 from tagpr.listening import keep_token, listen, serve, url_of
 from tagpr.prmu.client import RewardClient, check_server
@@ -36,13 +36,14 @@ TEMPLATE_TOKENS = 16
 
 
 def run(config: DictConfig) -> None:
-    """Serve until SIGTERM or SIGINT; ``<run.dir>/server.json`` says where. Ends with status 1 when the engine dies.
+    """Serve until SIGTERM or SIGINT; ``<run.dir>/server.json`` says where.
 
     Raises:
         ConfigError: the port is taken, the host is open to others without a token, or a limit makes no sense.
         StageError: the model, the profiles or PRMU are missing, or vLLM cannot load the model.
         DataError: a profile cannot be used.
         RewardServerError: PRMU is wanted and does not answer.
+        RunFault: vLLM ended while it served.
     """
     settings, server, benchmark = config.serve, config.server, config.benchmark
     signal.signal(signal.SIGTERM, _exit_quietly)
@@ -101,32 +102,31 @@ def run(config: DictConfig) -> None:
         async def answer() -> None:
             asking = Engine(engine.url, engine.key, settings.name, server.request_timeout_s, ends)
             asker = Asker(served, profiles, renderer, asking, prmu)
-            watch = asyncio.get_running_loop().create_task(_watch(engine))
+            gone = asyncio.Event()
+            watch = asyncio.create_task(_watch(engine, gone))
             app = create_app(asker, token=token, limits=limits)
             try:
-                await serve(app, listener, server.max_connections, announce)
+                await serve(app, listener, server.max_connections, announce, gone)
             finally:
                 watch.cancel()
                 await asker.aclose()
+            if gone.is_set():
+                raise RunFault(
+                    f"serve.model={settings.model}: vLLM ended ({engine.ended()}). See {engine.log}; the same command starts it "
+                    "again."
+                )
 
         try:
             asyncio.run(answer())
         finally:
             address_file.unlink(missing_ok=True)
-    if engine.process.returncode is not None and _died:
-        raise SystemExit(1)
 
 
-_died: list[str] = []
-
-
-async def _watch(engine: EngineProcess) -> None:
-    """End this process when the engine has ended: a supervisor starts both again."""
-    while (ended := engine.ended()) is None:
+async def _watch(engine: EngineProcess, gone: asyncio.Event) -> None:
+    """Say when the engine has ended: nobody can be answered any more."""
+    while engine.ended() is None:
         await asyncio.sleep(ENGINE_POLL_S)
-    _died.append(ended)
-    logger.error("the engine ended (%s). See %s", ended, engine.log)
-    signal.raise_signal(signal.SIGINT)
+    gone.set()
 
 
 def engine_arguments(config: DictConfig, on_gpu: bool) -> list[str]:

@@ -18,6 +18,7 @@ from tagpr.evaluation.prompts import PromptRenderer, PromptSettings
 from tagpr.schema import Example, PrmuScore, ProfileItem
 from tagpr.serving.app import Limits, create_app
 from tagpr.serving.asking import Asker, Engine, Served
+from tagpr.serving.engine import vllm_server
 from tagpr.serving.profiles import Profiles, UserProfile, read_profiles
 from tagpr.tags import format_response
 
@@ -452,3 +453,49 @@ def test_prepared_users_are_missing_before_they_are_prepared(tmp_path: Path) -> 
         read_profiles(None, str(tmp_path), ["train"], TASKS)
     with pytest.raises(DataError, match="cannot be read"):
         read_profiles(str(tmp_path / "none.jsonl"), "", [], TASKS)
+
+
+# the engine's process
+
+
+class FakeEngine:
+    """A program in vLLM's place: ``python -m vllm...`` finds it first."""
+
+    def __init__(self, folder: Path, body: str) -> None:
+        package = folder / "vllm" / "entrypoints" / "openai"
+        package.mkdir(parents=True)
+        for place in (folder / "vllm", folder / "vllm" / "entrypoints", package):
+            (place / "__init__.py").touch()
+        (package / "api_server.py").write_text(body)
+
+
+LISTENS = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(os.environ["VLLM_API_KEY"].encode())
+words = sys.argv
+assert words[words.index("--host") + 1] == "127.0.0.1"
+assert os.environ["VLLM_API_KEY"] not in " ".join(words)
+HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_the_engine_is_a_process_that_ends_with_the_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeEngine(tmp_path, LISTENS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with vllm_server("m", [], tmp_path / "run", kv_cache_gib=1, on_gpu=False, start_timeout_s=120) as engine:
+        assert engine.ended() is None
+        assert httpx.get(f"{engine.url}/health", trust_env=False).text == engine.key
+    assert engine.process.returncode is not None
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEngine(tmp_path, "raise SystemExit('no such model')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(StageError, match="no such model"):
+        with vllm_server("m", [], tmp_path / "run", kv_cache_gib=1, on_gpu=False, start_timeout_s=120):
+            pass
