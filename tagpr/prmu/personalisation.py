@@ -11,7 +11,7 @@ Conditions, each on the same held-out pairs of users with rows:
 ``no profile``     the user's row; the query alone
 
 The first line of the report says whether swapping ids changes anything. With what ``prmu_variants`` left, and the cold-start
-curve on pairs of users without rows, it is one page: report.md and report.json.
+curve on pairs of users without rows, it is one page: report.md, report.html with charts, and report.json.
 """
 
 import json
@@ -32,7 +32,7 @@ from tagpr.benchmarks.storage import examples_file, iterate_examples
 from tagpr.configuration import main
 from tagpr.dense_retrieval import install
 from tagpr.errors import DataError, StageError
-from tagpr.prmu import cold_start
+from tagpr.prmu import cold_start, report_page
 from tagpr.prmu.encoding import Encoder
 from tagpr.prmu.figures import groups_of
 from tagpr.prmu.model import Prmu, load
@@ -50,7 +50,7 @@ Condition = Sequence[tuple[PreferencePair, int]]
 
 
 def run(config: DictConfig) -> None:
-    """Write ``report.md`` and ``report.json``.
+    """Write ``report.md``, ``report.html`` and ``report.json``.
 
     Raises:
         StageError: no PRMU, or one that was made from other pairs or settings than these.
@@ -89,9 +89,11 @@ def run(config: DictConfig) -> None:
     folder = Path(config.run.dir)
     runs.write_text_atomically(folder / "report.md", "\n".join(lines) + "\n")
     runs.write_json_atomically(folder / "report.json", made)
+    page = report_page.render(made, lines, bool(config.benchmark.synthetic))
+    runs.write_text_atomically(folder / "report.html", page)
     for line in lines:
         logger.info(line)
-    logger.info("%s", folder / "report.md")
+    logger.info("%s", folder / "report.html")
 
 
 def conditions(

@@ -1,5 +1,6 @@
 """The reports that say whether user rows do anything: on users whose habits decide everything, and on a model without rows."""
 
+import html
 import json
 import logging
 from collections.abc import Callable
@@ -65,6 +66,11 @@ def test_report_on_users_whose_habits_decide(root: Path, configure: Callable[...
     curve = {row["pairs_to_fit"]: row["accuracy"] for row in found["cold_start"] if row["group"] == "all"}
     assert curve[4] > curve[0] + 0.2
     assert "| 4 pairs |" in "\n".join(lines)
+    page = (root / "prmu_report" / "report.html").read_text()
+    assert f"<h1>{html.escape(lines[0])}</h1>" in page
+    assert page.count("<svg") == page.count("</svg>") >= 2, "conditions and cold start at least"
+    assert "SYNTHETIC" in page
+    assert f"<td>{rows['all', 'own']['accuracy']:.3f} [" in page, "the table's figures"
 
 
 def test_a_model_without_rows_is_found_out_in_the_first_line(
