@@ -185,3 +185,21 @@ def test_latencies_become_training_metrics(tokenizer, server: Server, tmp_path: 
     assert metrics["prmu/latency_p50_s"] == pytest.approx(0.2)
     shares = [metrics[f"prmu/latency_le_{end}s_frac"] for end in ("0.03", "0.1", "0.3", "3", "10")]
     assert shares == [0.25, 0.25, 0.75, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("step", "gamma"), [(1, 0.2), (3, 1.0), (9, 1.0)])
+def test_weights_are_those_of_the_step(
+    tokenizer, server: Server, tmp_path: Path, step: int, gamma: float
+) -> None:
+    asked = manager(tokenizer, server, tmp_path, changes=[{"step": 3, "gamma": 1.0}])
+    data = row(tokenizer, format_response(TAGGED, "[1]"))
+    data.non_tensor_batch["global_steps"] = np.array([step])
+    assert score(asked, data)["reward_score"] == pytest.approx(0.8 + gamma * sigmoid(1.0))
+
+
+def test_guards_are_part_of_the_objective(tokenizer, server: Server, tmp_path: Path) -> None:
+    broken = row(tokenizer, "x", end=False)
+    literal = score(manager(tokenizer, server, tmp_path), broken)["reward_score"]
+    guarded = score(manager(tokenizer, server, tmp_path, gate_all=True), broken)["reward_score"]
+    assert literal == pytest.approx(-0.8 + 0.2 * sigmoid(1.0))
+    assert guarded == pytest.approx(-0.8)
