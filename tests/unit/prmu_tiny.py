@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tagpr.prmu import model as prmu_model
-from tagpr.prmu.encoding import UserRows
+from tagpr.prmu.encoding import Place, UserRows
 
 WORDS = "the user likes short titles about boats and rain so which tag does this movie relate to among these"
 PATTERN = (
@@ -65,11 +65,16 @@ def make_base(folder: Path, seed: int = 0, max_tokens: int = 512) -> Path:
 
 
 def make_prmu(
-    folder: Path, base: Path, seed: int = 0, head_scale: float = 50.0, max_tokens: int = 512
+    folder: Path,
+    base: Path,
+    seed: int = 0,
+    head_scale: float = 50.0,
+    max_tokens: int = 512,
+    place: Place = "first",
 ) -> UserRows:
     """An untrained PRMU whose logits are spread enough to be told apart."""
     model, tokenizer, users = prmu_model.build(
-        str(base), USERS, row_std=0.3, max_tokens=max_tokens, seed=seed
+        str(base), USERS, row_std=0.3, max_tokens=max_tokens, seed=seed, place=place
     )
     with torch.no_grad():
         model.get_parameter("score.weight").mul_(head_scale)

@@ -26,7 +26,7 @@ from reward_server.serving import Served, Serving
 from tagpr.configuration import compose, resolve
 from tagpr.errors import ConfigError, RewardServerError, StageError
 from tagpr.prmu.client import RewardClient, check_server, sigmoid
-from tagpr.prmu.encoding import Encoded
+from tagpr.prmu.encoding import Encoded, Place
 from tagpr.prmu.model import Prmu, load
 from tagpr.prmu.wire import NOT_FINITE, ScoreItem, read_address, read_token
 
@@ -515,11 +515,21 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "cache"), [("float32", "on"), ("float32", "off"), ("bfloat16", "on")])
-def test_vllm_gives_the_same_logits_as_transformers(tmp_path: Path, dtype: str, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cache", "place"),
+    [
+        ("float32", "on", "first"),
+        ("float32", "off", "first"),
+        ("bfloat16", "on", "first"),
+        ("float32", "on", "ends"),
+    ],
+)
+def test_vllm_gives_the_same_logits_as_transformers(
+    tmp_path: Path, dtype: str, cache: str, place: Place
+) -> None:
     """In a process of its own: vLLM takes memory and patches what it imports."""
     longest = 2560
-    make_prmu(tmp_path / "model", make_base(tmp_path / "base", 0, longest), max_tokens=longest)
+    make_prmu(tmp_path / "model", make_base(tmp_path / "base", 0, longest), max_tokens=longest, place=place)
     script = tmp_path / "parity.py"
     script.write_text(PARITY)
     root = str(Path(__file__).resolve().parents[2])
