@@ -21,13 +21,14 @@ from data_pipeline import cluster, cost, judge, simulated
 from data_pipeline.batch import BatchAddress, Batches
 from data_pipeline.cost import spent_dollars
 from data_pipeline.endpoint import Endpoint, read_key
+from data_pipeline.eta import FOR_PAIRS, TAGGING, outlook
 from data_pipeline.filters import check_thresholds
 from data_pipeline.flow import Flow, Models, no_chain_left
 from data_pipeline.funnel import Funnel
 from data_pipeline.ledger import Ledger
 from data_pipeline.outputs import is_complete, write_outputs
 from data_pipeline.preferences import Candidate
-from data_pipeline.progress import Progress
+from data_pipeline.progress import Gauges, Progress
 from data_pipeline.prompts import PromptTemplate
 from data_pipeline.selection import draw_instances, shuffled
 from data_pipeline.settings import ChainSettings, ModelSettings, in_this_job, read_settings
@@ -321,13 +322,10 @@ class Job:
                 stack.push_async_callback(batches.close)
             models = self._models(pools, budget, batches)
 
-            def details() -> str:
-                return f"${budget.spent:.2f} spent" if budget.spent else ""
-
             while True:
                 self._store.clear()
                 funnel = Funnel(self._tasks)
-                progress = Progress(self._store, funnel, details)
+                progress = Progress(self._store, funnel, self._gauges(models, budget))
                 flow = Flow(self._store, settings, models, funnel, progress, self._seed)
                 made = await self._pass(flow)
                 if batches is None or not flow.pending:
@@ -341,6 +339,28 @@ class Job:
                     logger.info("%s", moved)
                     await asyncio.sleep(settings.batch.poll_s)
 
+    def _gauges(self, models: Models, budget: Budget) -> Gauges:
+        endpoints = (models.teacher, models.judge, models.tagger, models.explorer)
+        before: Counter[str] = Counter()
+
+        def seen() -> Counter[str]:
+            return sum((endpoint.seen for endpoint in endpoints), Counter()) - before
+
+        def latency() -> dict[str, float]:
+            return {
+                endpoint.role: endpoint.asker.answering_s / endpoint.counts["asked"]
+                for endpoint in endpoints
+                if endpoint.counts["asked"]
+            }
+
+        before = seen()
+        return Gauges(
+            details=lambda: f"${budget.spent:.2f} spent" if budget.spent else "",
+            seen=seen,
+            latency=latency,
+            outlook=lambda position: outlook(self._settings, position, self._ledger.paces()),
+        )
+
     async def _pass(self, flow: Flow) -> "Made | None":
         store, settings = self._store, self._settings
         await flow.chains()
@@ -350,14 +370,14 @@ class Job:
             await flow.explore(self._folder)
         if settings.stop_after == "exploratory":
             return None
-        await flow.tag([chain.id for chain in store.labels("main", judged=True)], "tagging", "tagged")
+        await flow.tag([chain.id for chain in store.labels("main", judged=True)], TAGGING, "tagged")
         if flow.pending:
             return None
         selected = flow.select()
         if not selected:
             raise no_chain_left(flow.funnel)
         candidates = flow.candidates()
-        await flow.tag(flow.untagged(candidates), "tagging for pairs", "tagged_for_pairs")
+        await flow.tag(flow.untagged(candidates), FOR_PAIRS, "tagged_for_pairs")
         return Made(flow, selected, candidates)
 
     def _models(self, pools: dict[str, Pool], budget: Budget, batches: Batches | None) -> Models:

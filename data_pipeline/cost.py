@@ -199,10 +199,7 @@ def estimate(
         tagged = judged * known.tagged_per_judged
     else:
         kept = judged * expected.judged
-        pairs = 2 * (preferences.prp_pairs + preferences.pqp_pairs) * expected.untagged_in_pairs
-        # There cannot be more pairs than chains for them.
-        others = instances * (settings.rollouts + extra) + blanks * preferences.prp_rollouts - kept
-        tagged = kept + min(pairs, others)
+        tagged = kept + pair_units(settings, instances, blanks, kept, extra)
     reply_tokens = expected.chain_tokens + expected.answer_tokens
 
     def stage(
@@ -283,6 +280,23 @@ def estimate(
         if cast("ModelSettings", getattr(settings, role)).mode == "batch"
     )
     return Estimate(tuple(stages), tagging, settings.tagging.mode, roles, source)
+
+
+def pair_units(settings: ChainSettings, instances: int, blanks: int, kept: float, extra: float) -> float:
+    """Chains that are tagged for pairs only, if so many are ``kept`` for SFT and there are ``extra`` rollouts an instance."""
+    preferences = settings.preferences
+    pairs = 2 * (preferences.prp_pairs + preferences.pqp_pairs) * settings.expected.untagged_in_pairs
+    # There cannot be more pairs than chains for them.
+    others = instances * (settings.rollouts + extra) + blanks * preferences.prp_rollouts - kept
+    return min(pairs, others)
+
+
+def tagging_reply_tokens(settings: ChainSettings) -> float:
+    """Of a restricted tagger's reply, in the mode that is set."""
+    tagging = RestrictedTagging.load(settings.tagging.mode, settings.prompts, settings.minimum_segments)
+    expected = settings.expected
+    chain = _stretch(expected.chain_tokens, expected.segments)
+    return approximate_tokens(tagging.typical_reply(chain, expected.segments))
 
 
 def _stretch(tokens: float, sentences: int = 1) -> str:

@@ -77,6 +77,8 @@ class Endpoint:
         self._ledger = ledger
         self._seed = seed
         self._deferred = deferred
+        self.seen: Counter[str] = Counter()
+        """Replies by kind of work, those from the ledger included."""
         self._in_flight: dict[str, asyncio.Future[Reply]] = {}
 
     @property
@@ -97,6 +99,7 @@ class Endpoint:
         known = self._ledger.get(key)
         if known is not None:
             self.counts["from_ledger"] += 1
+            self.seen[unit.kind] += 1
             return known
         if key in self._in_flight:
             return await asyncio.shield(self._in_flight[key])
@@ -119,6 +122,7 @@ class Endpoint:
             # Everything that arrived in this round of the event loop is one commit.
             await asyncio.sleep(0)
             self._ledger.commit()
+            self.seen[unit.kind] += 1
             future.set_result(reply)
             return reply
         except Exception as error:

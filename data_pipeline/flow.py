@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.endpoint import Endpoint, PendingError, Unit, stream
+from data_pipeline.eta import CHAINS, EXPLORATORY
 from data_pipeline.exploratory import draw_chains, explore
 from data_pipeline.filters import chain_problem
 from data_pipeline.funnel import Funnel
@@ -93,7 +94,7 @@ class Flow:
             self.funnel.drop("instances", reason, count)
         asked = self.models.teacher.settings.concurrency + self.models.judge.settings.concurrency
         window = math.ceil(AHEAD * asked / self.settings.rollouts) + 1
-        with self._progress.stage("chains", "instances", self.store.instance_count()):
+        with self._progress.stage(CHAINS, "instances", self.store.instance_count()):
             await stream(self.store.instances(), self._instance, window)
             self.store.commit()
 
@@ -116,7 +117,7 @@ class Flow:
             finally:
                 self._progress.step()
 
-        with self._progress.stage("exploratory tagging", "replies", len(drawn)):
+        with self._progress.stage(EXPLORATORY, "replies", len(drawn)):
             await explore(drawn, ask, settings, folder, self._seed)
 
     async def tag(self, ids: Sequence[str], label: str, stage: str) -> None:

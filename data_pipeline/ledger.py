@@ -8,13 +8,15 @@ import fcntl
 import json
 import os
 import sqlite3
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from tagpr.chat.client import Reply
 from tagpr.errors import StageError
@@ -35,9 +37,26 @@ CREATE TABLE IF NOT EXISTS unit (
     batch INTEGER NOT NULL,
     created REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unit_pace ON unit (kind, created);
 CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 _COLUMNS = "text, reasoning, finish_reason, prompt_tokens, cached_prompt_tokens, completion_tokens"
+
+
+# The pace is that of so many seconds before the newest reply, and of so many replies at most.
+RECENT_S, RECENT_REPLIES = 300.0, 2000
+# With fewer replies there is no pace to speak of.
+FEWEST_REPLIES = 20
+# A longer pause than this, and than ten usual ones, is a run that was stopped.
+PAUSE_S = 60.0
+
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "teacher": ("teacher", "teacher_without_profile"),
+    "judge": ("judge",),
+    "explorer": ("exploratory_tagger",),
+    "tagger": ("tagger",),
+}
+"""Kinds of work in the ledger, by whose pace they have in common."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,14 @@ class Spent:
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Replies of a group in the ledger, and how many a second came lately; None where they are too few to tell."""
+
+    replies: int = 0
+    per_second: float | None = None
 
 
 class Ledger:
@@ -185,6 +212,10 @@ class Ledger:
         """What was paid for, over all runs that used this ledger."""
         return spent(self._database)
 
+    def paces(self) -> dict[str, Pace]:
+        """How many replies there are, and how fast they came lately."""
+        return paces(self._database)
+
     def totals(self) -> dict[str, dict[str, int]]:
         """Rows and tokens of each kind of work, over all runs that used this ledger."""
         found: dict[str, dict[str, int]] = {}
@@ -224,3 +255,31 @@ def spent(database: sqlite3.Connection) -> list[Spent]:
         "FROM unit GROUP BY kind, model, batch ORDER BY kind, model, batch"
     )
     return [Spent(kind, model, bool(batch), *numbers) for kind, model, batch, *numbers in rows]
+
+
+def paces(database: sqlite3.Connection) -> dict[str, Pace]:
+    """The pace of each group, from an open ledger."""
+    counts = dict(database.execute("SELECT kind, COUNT(*) FROM unit GROUP BY kind"))
+    found = {}
+    for group, kinds in GROUPS.items():
+        times: list[float] = []
+        for kind in kinds:
+            newest = database.execute("SELECT MAX(created) FROM unit WHERE kind = ?", (kind,)).fetchone()[0]
+            rows = database.execute(
+                "SELECT created FROM unit WHERE kind = ? AND created >= ? ORDER BY created DESC LIMIT ?",
+                (kind, (newest or 0.0) - RECENT_S, RECENT_REPLIES),
+            )
+            times += [row[0] for row in rows]
+        times = sorted(times)[-RECENT_REPLIES:]
+        recent = [each for each in times if each >= times[-1] - RECENT_S]
+        found[group] = Pace(sum(counts.get(kind, 0) for kind in kinds), _per_second(recent))
+    return found
+
+
+def _per_second(times: list[float]) -> float | None:
+    if len(times) < FEWEST_REPLIES:
+        return None
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    pause = max(PAUSE_S, 10.0 * statistics.median(gaps))
+    gaps = [gap for gap in gaps if gap <= pause]
+    return len(gaps) / max(sum(gaps), 1e-6)

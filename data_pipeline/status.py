@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_pipeline.cost import spent_dollars
+from data_pipeline.eta import outlook
 from data_pipeline.funnel import STAGES
-from data_pipeline.ledger import LAYOUT, Spent, spent
+from data_pipeline.ledger import LAYOUT, Pace, Spent, paces, spent
 from data_pipeline.outputs import MANIFEST
-from data_pipeline.progress import duration
-from data_pipeline.settings import read_settings
+from data_pipeline.progress import duration, time_left
+from data_pipeline.settings import ChainSettings, read_settings
 from data_pipeline.store import store_path
 from tagpr.configuration import main
 from tagpr.errors import StageError
@@ -47,6 +48,7 @@ def show(config: DictConfig) -> None:
                 f"{ledger}: is a ledger of another version. Look at it with the version that wrote it."
             )
         rows = spent(database)
+        known = paces(database)
         newest = database.execute("SELECT MAX(created) FROM unit").fetchone()[0] or 0.0
         recent = database.execute(
             "SELECT COUNT(*), MIN(created) FROM unit WHERE created > ?", (newest - RECENT_S,)
@@ -59,7 +61,7 @@ def show(config: DictConfig) -> None:
         )
     funnel, progress = _results(Path(config.paths.chains), store_path(ledger))
     if progress is not None:
-        lines.append(_progress(progress))
+        lines.append(_progress(settings, progress, known))
     if funnel is not None:
         lines += _funnel(funnel, list(config.benchmark.tasks))
     sys.stdout.write("\n".join(lines) + "\n")
@@ -105,15 +107,16 @@ def _results(folder: Path, store: Path) -> tuple[dict[str, Any] | None, dict[str
     return None, None
 
 
-def _progress(progress: dict[str, Any]) -> str:
-    done, total, seconds = progress["done"], progress["total"], progress["seconds"]
-    line = f"{progress['stage']}: {done:,} of {total:,} {progress['what']}"
+def _progress(settings: ChainSettings, progress: dict[str, Any], known: dict[str, Pace]) -> str:
+    line = f"{progress['stage']}: {progress['done']:,} of {progress['total']:,} {progress['what']}"
+    made = outlook(settings, progress, known)
+    left = time_left(made)
     silent = time.time() - progress["at"]
     if silent > SILENT_S:
-        return f"{line}; stopped {duration(silent)} ago, the same command goes on"
-    if done and done < total:
-        line += f", {duration((total - done) * seconds / done)} left of this stage"
-    return line
+        return f"{line}; stopped {duration(silent)} ago, the same command goes on; {left}"
+    if made.seconds >= 1:
+        left += f", until {time.strftime('%Y-%m-%d %H:%M', time.localtime(time.time() + made.seconds))}"
+    return f"{line}; {left}"
 
 
 def _funnel(funnel: dict[str, Any], tasks: list[str]) -> Iterator[str]:

@@ -209,6 +209,10 @@ class Store:
         """How many there are."""
         return int(self._database.execute("SELECT COUNT(*) FROM instance").fetchone()[0])
 
+    def blank_count(self) -> int:
+        """How many of them are answered without the profile as well."""
+        return int(self._database.execute("SELECT COUNT(blank_prompt) FROM instance").fetchone()[0])
+
     # chains
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NoReturn
@@ -42,7 +43,8 @@ class Asker:
     """Asks one model through ``attempt``. ``key`` is the configuration node that errors name, e.g. ``chains.judge``, and
     ``url_field`` the field of it that holds ``base_url``.
 
-    ``counts`` has what was asked, tokens, and what was retried and refused, by cause.
+    ``counts`` has what was asked, tokens, and what was retried and refused, by cause; ``answering_s`` the seconds that replies
+    took, summed over them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Asker:
         self.limit = limit
         self.budget = budget
         self.counts: Counter[str] = Counter()
+        self.answering_s = 0.0
         self._attempt = attempt
         self._base_url = base_url
         self._key_variable = key_variable
@@ -108,6 +111,7 @@ class Asker:
             if self._stopped:
                 raise StageError(self._stopped)
             reservation = await self._reserve(body, most_prompt_tokens)
+            began = time.monotonic()
             try:
                 outcome = await self._attempt(body)
             except BaseException:
@@ -125,6 +129,7 @@ class Asker:
                 self.budget.release(reservation, maybe_billed=outcome.code in _MAYBE_BILLED)
         if outcome.reply is not None:
             self.counts["asked"] += 1
+            self.answering_s += time.monotonic() - began
             self.counts["prompt_tokens"] += outcome.reply.prompt_tokens
             self.counts["cached_prompt_tokens"] += outcome.reply.cached_prompt_tokens
             self.counts["completion_tokens"] += outcome.reply.completion_tokens
