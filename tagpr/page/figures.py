@@ -130,7 +130,8 @@ def interval_chart(series: Sequence[Series], categories: Sequence[str], label: s
 
 def ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[float]:
     """About ``wanted`` + 1 round numbers from at most ``low`` to at least ``high``."""
-    if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-290):
+    # Labels have six digits: less than that is a flat line.
+    if high - low <= max(1e-6 * max(abs(low), abs(high)), 1e-290):
         margin = 0.1 * abs(low) if abs(low) > 1e-280 else 0.5
         low, high = low - margin, high + margin
     raw = (high - low) / wanted
