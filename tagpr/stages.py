@@ -60,6 +60,7 @@ STAGES: dict[str, Stage] = {
     "exploratory_rl": Stage("tagpr.rl", "paths.exploratory", "config.json", ("prepare_data", "guided_rl"), takes_name=True),
     "export": Stage("tagpr.export", None, "", ()),
     "serve": Stage("tagpr.serving", None, "", ("prepare_data", "train_prmu", "exploratory_rl")),
+    "report": Stage("tagpr.rl.report", None, "", ()),
     "evaluate": Stage("tagpr.evaluation", None, "", ("prepare_data", "base", "sft", "train_prmu", "guided_rl", "exploratory_rl")),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.data import draw, examples_of, write_rows
 from tagpr.rl.monitors import Alert
 from tagpr.rl.preflight import Wanted, preflight
+from tagpr.rl.report import write_report
 from tagpr.runs import (
     check_model_folder,
     check_tags_of,
@@ -121,6 +122,7 @@ def run(config: DictConfig) -> None:
             "with monitors.%s.action=warn to its end.",
             config.run.name, last[0], ended.monitor, ended.reason, run_dir, ended.monitor,
         )  # fmt: skip
+        logger.info("%s", write_report(run_dir))
         sys.exit(ENDED_ON_PURPOSE)
     with library_output_to(run_dir / "driver.log", config.run.verbose):
         export_model(last[1] / "actor", model)
@@ -130,7 +132,10 @@ def run(config: DictConfig) -> None:
         )
         logger.info("this stage ends early, for the next one: monitor %s: %s", ended.monitor, ended.reason)
     write_json_atomically(steps_file, {"step": last[0]})
-    logger.info("%s done in %.0f s: %s", config.run.name, time.monotonic() - began, model)
+    logger.info(
+        "%s done in %.0f s: %s; %s",
+        config.run.name, time.monotonic() - began, model, write_report(run_dir),
+    )  # fmt: skip
 
 
 def make_paths_absolute(config: DictConfig) -> None:

@@ -23,6 +23,7 @@ from tagpr.checkpoints import mark_complete
 from tagpr.errors import ConfigError
 from tagpr.rewards.weights import NAMES, read_weights
 from tagpr.rl.advantage import combine_normalised
+from tagpr.rl.gauges import show
 from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
@@ -61,6 +62,7 @@ class TagPRTrainer(PPOTrainerSync):
         """As above, where there is no validation before training."""
         super().on_train_begin()
         self.logger.logger["run"] = self
+        show(self.logger.logger, self.config.run.name)
 
     def _validate(self) -> dict[str, float]:
         metrics = super()._validate()
