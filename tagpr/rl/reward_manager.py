@@ -20,9 +20,6 @@ from tagpr.rewards.weights import asks_prmu, read_weights
 from tagpr.rl.response_shape import response_shape
 from tagpr.schema import PrmuScore
 
-# Components of one reward, as they appear in training metrics (reward/<component>/mean) and in the rollout dumps.
-COMPONENTS = ("total", "verifiable", "repetition", "format", "tag", "prmu")
-
 
 class TagPRRewardManager(RewardManagerBase):
     """Eq. 5 (``objective.mode=guided``) or eq. 11 (``exploratory``) for one response at a time."""

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from tagpr.prmu.client import LATENCY_BUCKETS_S
-from tagpr.rl.reward_manager import COMPONENTS
 from tagpr.vocabulary import vocabulary
 
+# Of one reward, as the reward manager reports them. Not from there: it imports verl, and verl Ray.
+COMPONENTS = ("total", "verifiable", "repetition", "format", "tag", "prmu")
 FORMAT_CHECKS = (
     "empty_response", "no_think", "several_thinks", "think_unopened", "think_unclosed", "think_not_first",
     "control_token", "empty_reasoning", "empty_answer", "tag_in_answer", "truncated",

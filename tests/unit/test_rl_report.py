@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,10 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 def test_why_a_stage_ended_early_is_said(finished: Path) -> None:
     (finished / "switched.json").write_text('{"step": 3, "monitor": "plateau", "reason": "flat"}')
     assert "ended early at step 3" in Page(write_report(finished).read_text(encoding="utf-8")).text
+
+
+def test_a_run_begins_without_ray() -> None:
+    """Ray reads its token when it is imported: only after ``local_ray.prepare_environment``."""
+    code = "import sys, tagpr.rl.launch, tagpr.rl.report; print([m for m in ('torch', 'ray', 'verl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
