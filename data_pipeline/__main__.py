@@ -190,15 +190,23 @@ class Draw:
             StageError: no row is of one of the tasks.
         """
         seed = self._config.run.seed
-        rows = [
-            _Row(example.id, example.task, example.user_id)
-            for example in iterate_examples(self._source)
-            if example.task in self._tasks
-        ]
+        rows: list[_Row] = []
+        others: Counter[str] = Counter()
+        for example in iterate_examples(self._source):
+            if example.task in self._tasks:
+                rows.append(_Row(example.id, example.task, example.user_id))
+            else:
+                others[example.task] += 1
         if not rows:
             raise StageError(
                 f"{self._source}: has no example of benchmark.tasks={self._tasks}. "
                 "Make it with `bash recipes/prepare_data.sh`."
+            )
+        if others:
+            # Left out on purpose, or a task's name with a slip in it.
+            named = ", ".join(f"{task} {count:,}" for task, count in sorted(others.items()))
+            logger.warning(
+                "%s: rows of tasks that benchmark.tasks does not name are left out: %s", self._source, named
             )
         drawn = draw_instances(rows, self._tasks, self._settings.instances_per_task, seed)
         numbers = {row.id: number for number, row in enumerate(drawn)}

@@ -195,11 +195,11 @@ def estimate(
     )
     if not preferences.pqp_pairs:
         extra = 0.0
+    kept = judged * expected.judged
+    tagged = kept + pair_units(settings, instances, blanks, kept, extra)
     if known.tagged_per_judged is not None:
-        tagged = judged * known.tagged_per_judged
-    else:
-        kept = judged * expected.judged
-        tagged = kept + pair_units(settings, instances, blanks, kept, extra)
+        # A ledger whose run was stopped has only some of them: the larger number counts.
+        tagged = max(tagged, judged * known.tagged_per_judged)
     reply_tokens = expected.chain_tokens + expected.answer_tokens
 
     def stage(
@@ -242,7 +242,6 @@ def estimate(
             stage("judge", "judge", "judge", judged * again("judge", expected.malformed), _mean(rendered) + schema,
                   expected.judge_reply_tokens, fixed, judged / instances)
         )  # fmt: skip
-    kept = judged * expected.judged
     wanted = settings.exploratory.chains
     free = min(kept, wanted * kept if wanted <= 1 else wanted)
     if free:

@@ -1,11 +1,13 @@
 """The estimate: what goes into it, what a ledger changes, and when it asks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.cost import (
     ENOUGH,
+    Measured,
     _stretch,
     check_budget,
     compare,
@@ -116,6 +118,16 @@ def test_a_ledger_s_replies_replace_what_was_expected(tmp_path: Path) -> None:
     lines = compare(own, rows)
     assert lines[1].split()[-3:] == ["1.000", "1.000", "1.000"]
     assert lines[2].split()[-3:] == ["1.000", "1.000", "1.000"]
+
+
+def test_a_run_that_was_stopped_while_it_tagged_is_not_taken_for_one_that_needs_no_more() -> None:
+    whole = estimate(settings(), PROMPTS, 6000, 1000)
+    halfway = Measured({}, None, {}, None, tagged_per_judged=0.1)
+    assert estimate(settings(), PROMPTS, 6000, 1000, halfway).tagging["paper"].units == pytest.approx(
+        whole.tagging["paper"].units
+    )
+    more = estimate(settings(), PROMPTS, 6000, 1000, replace(halfway, tagged_per_judged=2.0))
+    assert more.tagging["paper"].units == pytest.approx(6000 * 16 * 0.45 * 2.0 * 1.03)
 
 
 @pytest.mark.parametrize(("tokens", "segments"), [(27.0, 4), (60.0, 9), (900.0, 6)])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.__main__ import run
+from data_pipeline.__main__ import Draw, run
 from data_pipeline.outputs import FILES
 from data_pipeline.settings import read_settings
 from tagpr.benchmarks.lamp import read_split
@@ -203,6 +203,15 @@ def test_missing_and_broken_examples_are_one_clear_line(examples: Path, tmp_path
     (tmp_path / "train.parquet").write_text('{"id": 1}\n')
     with pytest.raises(DataError, match=r"train.parquet: "):
         run(resolve(compose("build_chains", overrides(tmp_path, tmp_path / "out"))))
+
+
+def test_rows_of_tasks_that_are_not_asked_for_are_counted(
+    examples: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = resolve(compose("build_chains", [f"paths.examples={examples}", *SMALL]))
+    draw = Draw(config, read_settings(config), ["lamp1", "lamp4"], examples / "train.parquet")
+    assert len(list(draw.instances())) == 8
+    assert "left out: lamp2 4, lamp3 4, lamp5 4, lamp7 4" in caplog.text
 
 
 @pytest.mark.parametrize(
