@@ -12,7 +12,6 @@ import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 from tagpr.cpu_platform import patches
-from tagpr.cpu_platform.roles import environment_of
 
 
 def _device_module() -> types.ModuleType:
@@ -130,7 +129,7 @@ class PlatformCPU(PlatformBase):
     def rollout_env_vars(self) -> dict[str, str]:
         """vLLM's CPU settings, forwarded to its server processes."""
         names = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
-        return {name: os.environ[name] for name in names if name in os.environ} | environment_of("rollout")
+        return {name: os.environ[name] for name in names if name in os.environ}
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:

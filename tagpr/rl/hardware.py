@@ -22,3 +22,12 @@ def local_gpus() -> list[float]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [float(line) / 1024 for line in done.stdout.split() if line.strip().isdigit()]
+
+
+def gpus_here() -> int:
+    """CUDA devices that torch sees; 0 without importing it where there is no NVIDIA GPU."""
+    if not local_gpus():
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

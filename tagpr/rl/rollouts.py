@@ -26,7 +26,7 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, agent_loop_tq
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient, LLMServerManager
 
-from tagpr.cpu_platform.roles import environment_of
+from tagpr.rl.side_by_side import take_rollout_worker
 
 # vLLM: no text (the reward manager decodes the tokens itself), no output before the last.
 QUIET = {"detokenize": False, "stream_interval": 2**30}
@@ -83,7 +83,7 @@ class GatheredPuts:
                     fields=list_of_dict_to_tensordict([dict(row) for row in rows]) if rows else None,
                     tags=tags,
                 )
-            except Exception as error:  # noqa: BLE001: handed to every caller
+            except Exception as error:  # noqa: BLE001 - handed to every caller
                 for put in together:
                     if not put[4].done():
                         put[4].set_exception(error)
@@ -191,10 +191,18 @@ class RolloutWorker(_Worker):  # type: ignore[misc]
 
 
 class RolloutManager(AgentLoopManagerTQ):
-    """verl's manager over :class:`RolloutWorker`."""
+    """verl's manager over :class:`RolloutWorker`, in a process that was started ahead where there is one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(runtime_env={"env_vars": environment_of("agent")})(
-            RolloutWorker
+        self.agent_loop_workers_class = ray.remote(RolloutWorker)
+
+    async def _init_agent_loop_workers(self) -> None:
+        ready = take_rollout_worker() if self.rollout_config.agent.num_workers == 1 else None
+        if ready is None:
+            await super()._init_agent_loop_workers()
+            return
+        await ready.begin.remote(
+            self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles
         )
+        self.agent_loop_workers = [ready]

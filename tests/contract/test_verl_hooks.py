@@ -63,7 +63,7 @@ def test_replay_buffer_polls_quickly_and_stops_on_a_failed_group(monkeypatch: py
         max_off_policy_strategy="drop",
         sampler_kwargs={},
     )
-    assert buffer.poll_interval == 0.05
+    assert buffer.poll_interval == 0.02
     rows = {"a": {"is_prompt": True, "status": "finished", "global_steps": 1}}
     monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: {"train": rows})
     buffer._sync_metadata_from_transfer_queue()
