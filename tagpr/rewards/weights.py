@@ -30,7 +30,8 @@ class WeightSchedule:
         """Weights of the responses of a training step; without changes those of ``start``, as they are."""
         if not self.changes:
             return self.start
-        return replace(self.start, **{name: self._value(name, step) for name in NAMES})
+        alpha, beta, gamma = (self._value(name, step) for name in NAMES)
+        return replace(self.start, alpha=alpha, beta=beta, gamma=gamma)
 
     @property
     def asks_prmu(self) -> bool:
