@@ -16,6 +16,9 @@ from tagpr.tags import split_response
 
 Mode = Literal["guided", "exploratory"]
 
+SAME = 1e-6
+"""Rewards of a group that lie within this of each other are equal: what is left is float32 and the order of a server's sums."""
+
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:

@@ -13,13 +13,10 @@ import torch
 from numpy.typing import NDArray
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from tagpr.rewards.composite import Mode, RewardWeights, terms
+from tagpr.rewards.composite import SAME, Mode, RewardWeights, terms
 
 NAME = "group_standardised"
 """Value of ``algorithm.adv_estimator``."""
-
-SAME = 1e-6
-"""Rewards of a group that lie within this of each other are equal: what is left is float32 and the order of a server's sums."""
 
 EPSILON = 1e-6
 """Added to the deviation, as in verl."""
@@ -30,7 +27,7 @@ def standardise(
 ) -> NDArray[np.float64]:
     """(R - mean) / (std + EPSILON) within each group, the deviation that of a sample (n - 1).
 
-    A group whose scores are equal (:data:`SAME`) gets zeros, and so does a group of one, which has nothing to be compared with.
+    A group whose scores are equal (``SAME``) gets zeros, and so does a group of one, which has nothing to be compared with.
 
     Args:
         scores: [n] rewards.

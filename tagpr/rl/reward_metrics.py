@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tagpr.prmu.client import LATENCY_BUCKETS_S
+from tagpr.rewards.composite import SAME
 from tagpr.vocabulary import vocabulary
 
 # Of one reward, as the reward manager reports them. Not from there: it imports verl, and verl Ray.
@@ -125,7 +126,7 @@ def _spreads(
     for info, task, group in zip(infos, tasks, groups, strict=True):
         rewards[group].append(info["total"])
         task_of[group] = task
-    equal = {group: len(set(own)) == 1 for group, own in rewards.items()}
+    equal = {group: max(own) - min(own) <= SAME for group, own in rewards.items()}
     by_task = defaultdict(list)
     for group, task in task_of.items():
         by_task[task].append(equal[group])

@@ -13,8 +13,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
 from tagpr.configuration import compose, resolve
-from tagpr.rewards.composite import RewardWeights, guided
-from tagpr.rl.advantage import NAME, SAME, combine_normalised, standardise
+from tagpr.rewards.composite import SAME, RewardWeights, guided
+from tagpr.rl.advantage import NAME, combine_normalised, standardise
 
 LOW, HIGH = 3e-4, 4e-4
 GROUP = 5
