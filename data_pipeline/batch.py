@@ -27,9 +27,10 @@ from typing import Any, Final
 import openai
 from omegaconf import DictConfig
 
+from data_pipeline import simulated
 from data_pipeline.endpoint import read_key
 from data_pipeline.ledger import Ledger
-from data_pipeline.settings import BatchSettings, ModelSettings, read_settings
+from data_pipeline.settings import BatchSettings, ModelSettings, in_this_job, read_settings
 from tagpr.chat.asking import RequestRefusedError
 from tagpr.chat.client import Reply, read_completion
 from tagpr.chat.cost import Budget, BudgetReachedError, most_tokens
@@ -576,18 +577,21 @@ def show(command: str, config: DictConfig) -> None:
         StageError: as :meth:`Batches.advance`.
     """
     settings = read_settings(config)
-    addresses = {}
-    for role in ("teacher", "judge", "tagger"):
-        model: ModelSettings = getattr(settings, role)
-        if model.mode == "batch" and model.base_url:
-            key = read_key(f"chains.{role}", model.key_variable, model.key_file)
-            addresses[role] = BatchAddress(model.base_url, key, str(model.key_file or model.key_variable))
-    if not addresses:
+    models: dict[str, ModelSettings] = {
+        role: getattr(settings, role)
+        for role in ("teacher", "judge", "tagger")
+        if getattr(settings, role).mode == "batch" and not in_this_job(settings, role)
+    }
+    if not models:
         raise ConfigError(
             "chains.judge.mode=sync: no model is in batch mode. Set mode=batch as in the run itself."
         )
+    if not Path(settings.ledger).is_file():
+        raise StageError(
+            f"{settings.ledger}: no such ledger. Start a run with `bash recipes/build_chains.sh`, or set chains.ledger."
+        )
 
-    async def work(ledger: Ledger) -> None:
+    async def work(ledger: Ledger, addresses: Mapping[str, BatchAddress]) -> None:
         batches = Batches(ledger, addresses, settings.batch, Budget(None, settings.prices), settings.retries)
         try:
             if command == "collect":
@@ -603,8 +607,21 @@ def show(command: str, config: DictConfig) -> None:
         finally:
             await batches.close()
 
-    with Ledger(Path(settings.ledger)) as ledger:
-        asyncio.run(work(ledger))
+    with contextlib.ExitStack() as stack:
+        if settings.endpoint == "simulated":
+            url, key = stack.enter_context(simulated.running(settings))
+            addresses = {role: BatchAddress(url, key, "the simulated endpoint") for role in models}
+        else:
+            addresses = {
+                role: BatchAddress(
+                    str(model.base_url),
+                    read_key(f"chains.{role}", model.key_variable, model.key_file),
+                    model.key_source,
+                )
+                for role, model in models.items()
+            }
+        ledger = stack.enter_context(Ledger(Path(settings.ledger)))
+        asyncio.run(work(ledger, addresses))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """``kill -9`` of the pipeline's driver and of its Ray workers at random points; the last line is one JSON object.
 
-    python tests/faults/pipeline_kills.py [--drivers 50] [--workers 10] [--seed 0]
+    python tests/faults/pipeline_kills.py [--drivers 50] [--workers 10] [--batches 10] [--seed 0]
 
 Each job is a small MiniLaMP job against the SIMULATED models with their faults (429, 5xx, broken and slow replies), behind a
 counting proxy that stays up while drivers come and go. A job is killed again and again until it gets through. What must
 hold: its files are byte-identical to those of an undisturbed run; a call that was answered and billed twice was in flight
-at a kill; no process is left.
+at a kill; no process is left. With judge and tagger in batch mode, whose driver is killed ``--batches`` times, the files are the
+same again, and no request was ever put into two batches.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import psutil
 from aiohttp import web
 
 from data_pipeline import simulated
+from data_pipeline.__main__ import WAITING_STATUS
 from data_pipeline.outputs import FILES
 from data_pipeline.settings import read_settings
 from tagpr.benchmarks.lamp import read_split
@@ -55,7 +57,9 @@ FAULTS = (
     "chains.simulated.http_broken_json=0.02",
     "chains.simulated.http_slow=0.02",
     "chains.simulated.slow_s=0.5",
+    "chains.simulated.batch_failed=0",
 )
+BATCH = ("chains.judge.mode=batch", "chains.tagger.mode=batch")
 ROLES = ("teacher", "judge", "tagger")
 # Requests that a driver may have under way: three models, sixteen each, and as many waiting in the workers.
 MOST_IN_FLIGHT = 3 * (16 + 16)
@@ -85,7 +89,7 @@ class Proxy:
     async def _start(self) -> None:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         application = web.Application(client_max_size=2**24)
-        application.router.add_post("/v1/{path:.*}", self._pass_on)
+        application.router.add_route("*", "/v1/{path:.*}", self._pass_on)
         # A request whose sender has died is worked on to its end, and paid for, as at a real provider.
         self._runner = web.AppRunner(application, handler_cancellation=False, access_log=None)
         await self._runner.setup()
@@ -99,13 +103,16 @@ class Proxy:
         self.in_flight += 1
         try:
             headers = {
-                "authorization": request.headers.get("authorization", ""),
-                "content-type": "application/json",
+                name: request.headers.get(name, "application/json" if name == "content-type" else "")
+                for name in ("authorization", "content-type")
             }
-            url = f"{self._upstream}/{request.match_info['path']}"
-            async with self._session.post(url, data=body, headers=headers) as response:
+            path = request.match_info["path"]
+            url = f"{self._upstream}/{path}"
+            async with self._session.request(
+                request.method, url, data=body, headers=headers, params=request.query
+            ) as response:
                 answer = await response.read()
-                if response.status == 200 and _is_json(answer):
+                if path == "chat/completions" and response.status == 200 and _is_json(answer):
                     self.billed[hashlib.sha256(body).digest()] += 1
                 kept = {
                     name: value
@@ -163,8 +170,8 @@ class Job:
     def ledger(self) -> Path:
         return self.folder / "chains" / "ledger.sqlite"
 
-    def start(self, *more: str, **environment: str) -> "subprocess.Popen[bytes]":
-        """Start the stage; ``more`` overrides, ``environment`` on top of the usual one."""
+    def arguments(self, *more: str) -> list[str]:
+        """The stage's overrides."""
         models = [
             f"chains.{role}.{name}={value}"
             for role in ROLES
@@ -174,10 +181,14 @@ class Job:
                 ("key_variable", KEY_VARIABLE),
             )
         ]
-        command = [
-            sys.executable, "-m", "data_pipeline", f"paths.examples={self.examples}", f"paths.chains={self.folder / 'chains'}",
-            "chains.endpoint=openai", "~chains.preferences.extra_request.simulated_faults", *SMALL, *models, *more,
+        return [
+            f"paths.examples={self.examples}", f"paths.chains={self.folder / 'chains'}", "chains.endpoint=openai",
+            "~chains.preferences.extra_request.simulated_faults", *SMALL, *models, *more,
         ]  # fmt: skip
+
+    def start(self, *more: str, **environment: str) -> "subprocess.Popen[bytes]":
+        """Start the stage; ``more`` overrides, ``environment`` on top of the usual one."""
+        command = [sys.executable, "-m", "data_pipeline", *self.arguments(*more)]
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command,
@@ -207,6 +218,30 @@ class Job:
         status = process.wait(RUN_TIMEOUT_S)
         assert status == 0, self.log.read_text()[-3000:]
         return time.monotonic() - started
+
+    def collect(self) -> str:
+        """``python -m data_pipeline.batch collect`` for this job, with judge and tagger in batch mode; what it said."""
+        command = [sys.executable, "-m", "data_pipeline.batch", "collect", *self.arguments(*BATCH)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def provider_files(self, begin: str) -> int:
+        """Files, or batches, that the provider keeps."""
+        return len(list((self.folder / "simulated-batches").glob(f"{begin}*")))
+
+    def submitted(self) -> Counter[str]:
+        """How often each request was put into a batch at the provider."""
+        state = self.folder / "simulated-batches"
+        return Counter(
+            json.loads(line)["custom_id"]
+            for path in state.glob("batch_*.json")
+            for line in (state / f"{json.loads(path.read_text())['input_file_id']}.jsonl")
+            .read_text()
+            .splitlines()
+        )
 
     def rows(self) -> int:
         """Replies in the ledger."""
@@ -382,6 +417,45 @@ def kill_workers(bench: Bench, kills: int, rng: random.Random) -> dict[str, int]
     }  # fmt: skip
 
 
+def kill_batches(bench: Bench, kills: int, rng: random.Random) -> dict[str, int]:
+    """One job in batch mode: it ends with its batches submitted, another process collects; then kills until it is through."""
+    with bench.job() as job:
+        assert job.start(*BATCH).wait(RUN_TIMEOUT_S) == WAITING_STATUS, job.log.read_text()[-3000:]
+        waiting, rows = job.submitted().total(), job.rows()
+        assert waiting > 0
+        said = job.collect()
+        assert f"collected {waiting} replies (0 refused, 0 without an answer); 0 units wait" in said, said
+        assert job.rows() == rows + waiting
+        done = 0
+        while True:
+            # Another batch, or another reply: the moments at which there is something to lose.
+            look = rng.choice(
+                (lambda: job.provider_files("file-"), lambda: job.provider_files("batch_"), job.rows)
+            )
+            before = look()
+            process = job.start(*BATCH, "chains.batch.poll_s=0.1")
+            if done < kills:
+                deadline = time.monotonic() + RUN_TIMEOUT_S
+                while look() == before and process.poll() is None:
+                    assert time.monotonic() < deadline, job.log.read_text()[-3000:]
+                    time.sleep(0.002)
+                time.sleep(rng.choice((0.0, rng.uniform(0.0, 0.3))))
+            if done >= kills or process.poll() is not None:
+                assert process.wait(RUN_TIMEOUT_S) == 0, job.log.read_text()[-3000:]
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+            job.proxy.settle()
+            say(
+                f"batch kill {done}: {job.submitted().total()} submitted, {job.rows()} of {bench.calls} replies there"
+            )
+        bench.check(job)
+        submitted = job.submitted()
+        assert max(submitted.values()) == 1, f"submitted twice: {submitted.most_common(3)}"
+    return {"batch_kills": done, "batch_requests": submitted.total(), "batch_requests_twice": 0}
+
+
 def carriers(driver: int) -> list[psutil.Process]:
     """The Ray workers below this driver that carry requests."""
     deadline = time.monotonic() + 20
@@ -407,6 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--drivers", type=int, default=50)
     parser.add_argument("--workers", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -418,6 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "calls_of_a_job": bench.calls,
             **kill_drivers(bench, options.drivers, rng),
             **kill_workers(bench, options.workers, rng),
+            **kill_batches(bench, options.batches, rng),
         }
     print(json.dumps({**figures, "byte_identical": True, "seconds": round(time.monotonic() - started)}))
 

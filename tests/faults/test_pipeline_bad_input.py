@@ -115,9 +115,12 @@ def test_broken_rows_are_named_before_anything_is_paid(job: Job) -> None:
     assert len(TASKS) == 6
 
 
-def test_the_key_is_in_no_log_state_api_answer_ledger_or_output(job: Job) -> None:
+def test_the_key_is_in_no_command_line_log_state_api_answer_ledger_batch_or_output(job: Job) -> None:
     key = job.environment[KEY_VARIABLE]
-    process = job.start("chains.ray.dashboard=true", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    process = job.start(
+        "chains.ray.dashboard=true", "chains.judge.mode=batch", "chains.batch.poll_s=0.2",
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN,
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
         while not (
@@ -133,6 +136,10 @@ def test_the_key_is_in_no_log_state_api_answer_ledger_or_output(job: Job) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.1)
         answers = {path: ask(f"{found[1]}/{path}") for path in STATE_API}
+        commands = command_lines()
+        environments = [
+            text for text in answers["api/v0/runtime_envs?detail=true"].splitlines() if KEY_VARIABLE in text
+        ]
     finally:
         assert process.wait(120) == 0, job.log.read_text()[-3000:]
     assert "HttpWorker" in answers["api/v0/actors?detail=true"], "the answers are about this job"
@@ -141,14 +148,20 @@ def test_the_key_is_in_no_log_state_api_answer_ledger_or_output(job: Job) -> Non
     written = [path for root in (job.folder, job.ray) for path in root.rglob("*") if path.is_file()]
     assert {path.name for path in written} >= {"ledger.sqlite", "manifest.json", "log", "gcs_server.out"}
     assert not [path for path in written if key.encode() in path.read_bytes()]
-    commands = [
-        line for line in subprocess.check_output(["ps", "-eo", "args"], text=True).splitlines() if key in line
-    ]
-    assert not commands
+    batches = [path.name for path in written if path.parent.name == "simulated-batches"]
+    assert [name for name in batches if name.startswith("batch_")], "there were batches"
+    assert any("HttpWorker" in line for line in commands), "seen while it ran"
+    assert any(f"chains.judge.key_variable={KEY_VARIABLE}" in line for line in commands)
+    assert not [line for line in commands if key in line]
+    assert not environments, "not even its name is in a runtime environment"
     assert KEY_VARIABLE in json.dumps(json.loads((job.folder / "chains" / "manifest.json").read_text())), (
         "the variable's name may be there"
     )
     assert os.environ.get(KEY_VARIABLE) is None
+
+
+def command_lines() -> list[str]:
+    return subprocess.check_output(["ps", "-eww", "-o", "args"], text=True).splitlines()
 
 
 def ask(url: str) -> str:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from pipeline_kills import Bench, kill_drivers, kill_workers
+from pipeline_kills import Bench, kill_batches, kill_drivers, kill_workers
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +22,9 @@ def test_a_killed_worker_is_replaced(bench: Bench) -> None:
     figures = kill_workers(bench, 1, random.Random(2))
     assert figures["worker_kills"] == 1
     assert figures["worker_billed_again"] <= figures["worker_in_flight"]
+
+
+def test_batches_are_submitted_once_and_collected_by_whoever_comes(bench: Bench) -> None:
+    figures = kill_batches(bench, 2, random.Random(3))
+    assert figures["batch_kills"] == 2
+    assert figures["batch_requests"] > 0
