@@ -35,7 +35,7 @@ def make(folder: Path, stage: str) -> None:
 # Stages that nothing else is made from.
 ASIDE = {
     "serve_prmu", "review_chains", "publish_chains", "validate_data", "prmu_report", "prmu_variants", "add_prmu_users",
-    "serve", "export",
+    "serve", "export", "report",
 }  # fmt: skip
 
 
