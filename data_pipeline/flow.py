@@ -113,7 +113,7 @@ class Flow:
             try:
                 return await self.models.explorer.ask(unit)
             except RequestRefusedError as error:
-                return Reply("", None, f"refused_{error.code or error.status}", 0, 0, 0)
+                return Reply("", None, f"refused_{error.code or error.http_status}", 0, 0, 0)
             finally:
                 self._progress.step()
 
@@ -301,7 +301,7 @@ class Flow:
             self.pending += 1
             return WAITING
         except RequestRefusedError as error:
-            self.funnel.drop(stage, f"refused_{error.code or error.status}")
+            self.funnel.drop(stage, f"refused_{error.code or error.http_status}")
             return None
 
 

@@ -33,10 +33,10 @@ class RequestRefusedError(StageError):
             f"{key}: the endpoint refuses a request with status {status} ({code or 'no code'}"
             f"{': ' + message if message else ''}). Check model and parameters in this node."
         )
-        self.key, self.status, self.code, self.message = key, status, code, message
+        self.key, self.http_status, self.code, self.message = key, status, code, message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.status, self.code, self.message)
+        return type(self), (self.key, self.http_status, self.code, self.message)
 
 
 class Asker:

@@ -139,7 +139,7 @@ def test_an_over_long_prompt_is_this_request_s_problem() -> None:
     refused = [result for result in results if isinstance(result, RequestRefusedError)]
     assert len(refused) == 200
     assert results.count(HELLO) == 800
-    assert (refused[0].status, refused[0].code) == (400, "context_length_exceeded")
+    assert (refused[0].http_status, refused[0].code) == (400, "context_length_exceeded")
     assert one.counts["refused_context_length_exceeded"] == 200
     copy = pickle.loads(pickle.dumps(refused[0]))
     assert (str(copy), copy.code) == (str(refused[0]), "context_length_exceeded")
@@ -261,3 +261,9 @@ def test_what_a_budget_needs_to_know() -> None:
     budget = Budget(None, PRICES)
     assert asyncio.run(asker(Script(lambda _: FINE), budget=budget).ask(BODY)) == HELLO
     assert budget.spent == pytest.approx(PRICES["m"].dollars(30, 4, 20))
+
+
+def test_a_refusal_that_nobody_catches_ends_a_stage_as_wrong_input_does() -> None:
+    refused = RequestRefusedError("chains.judge", 400, "context_length_exceeded")
+    assert (refused.status, refused.http_status) == (2, 400)
+    assert pickle.loads(pickle.dumps(refused)).http_status == 400

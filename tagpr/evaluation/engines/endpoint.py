@@ -120,7 +120,7 @@ class EndpointEngine:
                 reply = await asker.ask(self.body(request))
                 done.put(completion_of(request, reply, self._method.thinking))
             except RequestRefusedError as error:
-                reason = f"{error.status} {error.code}".strip()
+                reason = f"{error.http_status} {error.code}".strip()
                 why = f"{reason}: {error.message}" if error.message else reason
                 done.put(Completion(request.key, (), "stop", refused=why))
             except StageError as error:
