@@ -83,7 +83,7 @@ def _marked(checkpoints: Path) -> list[tuple[int, Path]]:
     found = []
     for marker in checkpoints.glob(f"global_step_*/{MARKER}"):
         number = marker.parent.name.removeprefix("global_step_")
-        if number.isdecimal():
+        if number.isdecimal() and int(number) > 0:
             found.append((int(number), marker.parent))
     return sorted(found, reverse=True)
 

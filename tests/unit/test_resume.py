@@ -139,6 +139,13 @@ def test_killed_before_the_first_checkpoint_it_says_so(
     assert "no checkpoint was complete yet: steps 1 to 3 are done again" in caplog.text
 
 
+def test_step_zero_is_no_checkpoint(config: DictConfig, checkpoints: Path) -> None:
+    """Its validation is logged, nothing is saved."""
+    (checkpoints / "global_step_0").mkdir()
+    (checkpoints / "global_step_0" / "complete.json").write_text('{"step": 0}')
+    assert resume(config) == 0
+
+
 def test_another_number_of_gpus_is_refused_with_both(config: DictConfig, checkpoints: Path) -> None:
     write(checkpoints, 8, world=2)
     config.trainer.n_gpus_per_node = 4
