@@ -125,7 +125,9 @@ def _state(run_dir: Path, config: DictConfig, curves: Curves) -> str:
     elif (run_dir / "finished.json").is_file():
         said.append("finished")
     else:
-        said.append("not finished")
+        stops = [alert for alert in read_alerts(run_dir / "alerts.jsonl") if alert.action == "stop"]
+        stopped = bool(stops) and stops[-1].step + 1 >= last
+        said.append(f"stopped by monitor {stops[-1].monitor}" if stopped else "not finished")
     start = OmegaConf.select(config, "actor_rollout_ref.model.path")
     if start:
         said.append(f"from {start}")

@@ -271,6 +271,16 @@ def test_why_a_stage_ended_early_is_said(finished: Path) -> None:
 
 def test_a_run_begins_without_ray() -> None:
     """Ray reads its token when it is imported: only after ``local_ray.prepare_environment``."""
-    code = "import sys, tagpr.rl.launch, tagpr.rl.report; print([m for m in ('torch', 'ray', 'verl') if m in sys.modules])"
+    code = "import sys, tagpr.rl.launch, tagpr.rl.report; print([m for m in ('ray', 'verl') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_that_a_monitor_stopped_it_is_said(finished: Path) -> None:
+    (finished / "finished.json").unlink()
+    alert = {"step": 2, "monitor": "policy_gap", "action": "stop", "reason": "no sync"}
+    (finished / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    assert "stopped by monitor policy_gap" in Page(write_report(finished).read_text(encoding="utf-8")).text
+    alert["step"] = 1  # it went on after that
+    (finished / "alerts.jsonl").write_text(json.dumps(alert) + "\n")
+    assert "not finished" in Page(write_report(finished).read_text(encoding="utf-8")).text
