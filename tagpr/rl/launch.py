@@ -8,8 +8,9 @@ import os
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
 from tagpr.dense_retrieval import install
-from tagpr.errors import RewardServerError, StageError
+from tagpr.errors import RewardServerError, RunFault, StageError
 from tagpr.local_ray import local_ray, prepare_environment
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
@@ -32,6 +33,11 @@ from tagpr.rl.data import draw, examples_of, write_rows
 from tagpr.rl.monitors import Alert
 from tagpr.rl.preflight import Wanted, preflight
 from tagpr.rl.report import write_report
+from tagpr.rl.resume import check_unchanged, hold, resume
+from tagpr.rl.stacks import RUN_DIR
+from tagpr.rl.supervisor import attempt_number, limits_of, patience_s
+from tagpr.rl.waiting import until_there
+from tagpr.rl.watchdog import check_watchdog
 from tagpr.runs import (
     check_model_folder,
     check_tags_of,
@@ -64,6 +70,8 @@ def run(config: DictConfig) -> None:
         RewardServerError: the reward server is another one than configured, or stayed away too long.
     """
     check(config)
+    limits_of(config)
+    check_watchdog(config)
     make_paths_absolute(config)
     start_model = config.actor_rollout_ref.model.path
     check_model_folder(start_model, "actor_rollout_ref.model.path", RECIPES[config.objective.mode])
@@ -78,10 +86,13 @@ def run(config: DictConfig) -> None:
         )
         return
 
+    hold(config)
+    resumed = resume(config)
+    check_unchanged(config, {}, resumed)
+
     # 1. What is asked, as verl reads it
     prompts = prepare_rows(config)
     steps_per_epoch, steps = schedule(config, prompts)
-    resumed = resume_from_complete_checkpoint(config)
     logger.info(
         "%s RL: %s, %d prompts, %d steps (%d an epoch) of %d x %d responses, lr %g, clip %g/%g, on %s",
         config.objective.mode, start_model, prompts, steps, steps_per_epoch, config.data.train_batch_size,
@@ -89,7 +100,6 @@ def run(config: DictConfig) -> None:
         config.actor_rollout_ref.actor.clip_ratio_low, config.actor_rollout_ref.actor.clip_ratio_high,
         config.trainer.device,
     )  # fmt: skip
-    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
     inputs = {
         "model": Path(start_model),
         "train": Path(config.data.train_files),
@@ -98,6 +108,8 @@ def run(config: DictConfig) -> None:
     record = manifest(
         config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed
     )
+    check_unchanged(config, record.inputs, resumed)
+    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
     write_json_atomically(run_dir / "manifest.json", record.model_dump())
 
     # 2. Train
@@ -107,7 +119,7 @@ def run(config: DictConfig) -> None:
         library_output_to(run_dir / "driver.log", config.run.verbose),
         ray_cluster(config),
     ):
-        look_before(config)
+        until_there(config, lambda: look_before(config))
         ended = train_or_name_the_fault(config)
 
     # 3. Hand over
@@ -185,26 +197,6 @@ def prepare_rows(config: DictConfig) -> int:
     return prompts
 
 
-def resume_from_complete_checkpoint(config: DictConfig) -> int:
-    """Point verl at the newest complete checkpoint; returns its step, 0 for none.
-
-    verl's own choice reads a tracker file that a crash can leave torn.
-    """
-    if config.trainer.resume_mode != "auto":
-        return 0
-    found = latest_complete(Path(config.trainer.default_local_dir))
-    if found is None:
-        config.trainer.resume_mode = "disable"
-        return 0
-    step, folder = found
-    config.trainer.resume_mode = "resume_path"
-    config.trainer.resume_from_path = str(folder)
-    # The validation of this step is in metrics.jsonl already.
-    config.trainer.val_before_train = False
-    logger.info("going on after step %d (%s)", step, folder)
-    return step
-
-
 @contextmanager
 def reward_server(config: DictConfig) -> Iterator[None]:
     """Make sure that the configured PRMU is served while the body runs; fills in ``prmu_client`` (url, version, token)."""
@@ -217,7 +209,8 @@ def reward_server(config: DictConfig) -> Iterator[None]:
     with open_dict(client):
         client.version = version
     if client.url is not None:
-        check_server(client.url, read_token(client.token_file), version, deadline_s=CONNECT_DEADLINE_S)
+        deadline_s = max(CONNECT_DEADLINE_S, patience_s(config))
+        check_server(client.url, read_token(client.token_file), version, deadline_s=deadline_s)
         yield
         return
     with local_server(config.paths.prmu, Path(config.run.dir), config.trainer.device) as address:
@@ -262,7 +255,11 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
     if address is not None:
         # The cluster has its own resources, and its own dashboard.
         runtime_env.pop("working_dir", None)
-        with connected(address, environment, runtime_env=runtime_env):
+        with ExitStack() as stack:
+            until_there(
+                config,
+                lambda: stack.enter_context(connected(address, environment, runtime_env=dict(runtime_env))),
+            )
             yield
         return
     cpus, dashboard = arguments.pop("num_cpus", None), arguments.pop("include_dashboard", False)
@@ -282,7 +279,16 @@ def look_before(config: DictConfig) -> None:
     import ray
 
     alive = sum(node["Alive"] for node in ray.nodes())
-    if config.launch.preflight is False or (config.launch.preflight == "auto" and alive == 1):
+    if attempt_number() > 1:
+        # What the start before had may not be free yet.
+        needed = config.trainer.nnodes * config.trainer.n_gpus_per_node
+        free = ray.available_resources().get("GPU", 0)
+        if free < needed:
+            raise StageError(
+                f"trainer.nnodes={config.trainer.nnodes}: {free:g} of {needed} GPUs are free. Add nodes, or wait for them."
+            )
+    alone_here = alive == 1 and config.trainer.nnodes == 1
+    if config.launch.preflight is False or (config.launch.preflight == "auto" and alone_here):
         return
     trainer, client = config.trainer, config.prmu_client
     on_gpus = trainer.device != "cpu"
@@ -305,7 +311,8 @@ def look_before(config: DictConfig) -> None:
 def environment_of_workers(config: DictConfig) -> dict[str, str]:
     """Variables that every worker of this run needs, wherever it runs; no secret among them."""
     environment = {
-        "VERL_USE_EXTERNAL_MODULES": "tagpr.cpu_platform.platform",
+        "VERL_USE_EXTERNAL_MODULES": "tagpr.cpu_platform.platform,tagpr.rl.stacks",
+        RUN_DIR: config.run.dir,
         "TENSORBOARD_DIR": str(Path(config.run.dir) / "tensorboard"),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -326,14 +333,25 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
 
 
 def train_or_name_the_fault(config: DictConfig) -> Alert | None:
-    """Train; where a group failed, find out whether the reward server is the reason and say so in one line."""
+    """Train; say in one line what ended it. All of it may go well another time (:class:`RunFault`)."""
+    import ray
+
     from tagpr.rl.replay_buffer import RolloutFailure
     from tagpr.rl.trainer import train
 
+    log = Path(config.run.dir) / "driver.log"
     try:
         return train(config)
+    except ray.exceptions.RayError as error:
+        # The whole story goes to the log.
+        traceback.print_exc()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else lines[0]
+        raise RunFault(
+            f"Ray: {type(error).__name__}: {what[:300].rstrip('.')}. The reason is in {log}; the same command goes on from the "
+            "last checkpoint."
+        ) from error
     except RolloutFailure as failure:
-        log = Path(config.run.dir) / "driver.log"
         if config.prmu_client.url is not None and "version" in config.prmu_client:
             try:
                 check_server(
@@ -343,7 +361,7 @@ def train_or_name_the_fault(config: DictConfig) -> Alert | None:
                     deadline_s=5.0,
                 )
             except RewardServerError as fault:
-                raise RewardServerError(f"{failure}, because the reward server is gone: {fault}") from failure
-        raise StageError(
+                raise RunFault(f"{failure}, because the reward server is gone: {fault}") from failure
+        raise RunFault(
             f"{failure}. The reason is in {log}; the same command goes on from the last checkpoint."
         ) from failure

@@ -19,7 +19,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from tagpr.checkpoints import mark_complete
+from tagpr.checkpoints import mark_complete, retain
 from tagpr.errors import ConfigError
 from tagpr.rewards.weights import NAMES, read_weights
 from tagpr.rl.advantage import combine_normalised
@@ -27,6 +27,9 @@ from tagpr.rl.gauges import show
 from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
+from tagpr.rl.saving import disk_full_is_named
+from tagpr.rl.trackers import after_tracking, before_tracking
+from tagpr.rl.watchdog import unanswering, watchdog_of
 from tagpr.runs import MetricsLog, write_text_atomically
 
 logger = logging.getLogger(__name__)
@@ -40,11 +43,17 @@ class TagPRTrainer(PPOTrainerSync):
         self.run_dir = Path(config.run.dir)
         self._started = time.monotonic()
         self._saved_step = 0
+        # Kept here, since verl forgets at a restart what it has saved, and deletes before the new one is declared complete.
+        self._keep = config.trainer.max_actor_ckpt_to_keep
+        config.trainer.max_actor_ckpt_to_keep = None
+        self.watchdog = watchdog_of(config)  # idle; :func:`train` puts the running one in its place
+        self._tracked = False
 
     def on_init_end(self) -> None:
         """Weights are synced and a checkpoint, where there is one, is loaded: open the metrics at its step."""
         super().on_init_end()
-        self._metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resumed_step=int(self.global_steps))
+        self._resumed_step = int(self.global_steps)
+        self._metrics_log = MetricsLog(self.run_dir / "metrics.jsonl", resumed_step=self._resumed_step)
         self.wanted_steps = int(self.total_training_steps)
         self.watch = Watch(build(self.config.monitors), self.run_dir, resumed_step=int(self.global_steps))
         self._end_early()
@@ -56,16 +65,61 @@ class TagPRTrainer(PPOTrainerSync):
     def on_validate_begin(self) -> None:
         """verl creates its loggers just before the first validation."""
         super().on_validate_begin()
-        self.logger.logger["run"] = self
+        self._join_trackers()
 
     def on_train_begin(self) -> None:
         """As above, where there is no validation before training."""
         super().on_train_begin()
+        self._join_trackers()
+        self.watchdog.enter("driver")
+
+    def _join_trackers(self) -> None:
         self.logger.logger["run"] = self
-        show(self.logger.logger, self.config.run.name)
+        if not self._tracked:
+            self._tracked = True
+            after_tracking(self.run_dir, self.logger.logger, self._resumed_step)
+            show(self.logger.logger, self.config.run.name)
+
+    def on_sample_begin(self) -> None:
+        """Rollouts begin; the rewards are asked for as they end."""
+        super().on_sample_begin()
+        self.watchdog.enter("rollout", self._waits_for)
+
+    def on_sample_end(self) -> None:
+        """All groups are there, with their rewards."""
+        self.watchdog.enter("driver")
+        super().on_sample_end()
+
+    def on_step_end(self) -> None:
+        """The new weights go to the rollout engines."""
+        with self.watchdog.phase("weight_sync"):
+            super().on_step_end()
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self.watchdog.phase("old_log_prob"):
+            return super()._compute_old_log_prob(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self.watchdog.phase("update"):
+            return super()._update_actor(batch, metrics)
+
+    def _waits_for(self) -> str:
+        """What a stuck rollout lacks, and whether it is the reward's fault."""
+        buffer = self.replay_buffer
+        pending, running, finished = (
+            sum(len(keys) for keys in list(each.values()))
+            for each in (buffer.pending_keys, buffer.running_keys, buffer.finished_keys)
+        )
+        rewards = {f"reward worker {n}": actor for n, actor in enumerate(self.get_reward_handles() or [])}
+        silent = unanswering(rewards)
+        return (
+            f"waiting for {pending + running} groups of {pending + running + finished}, "
+            + (f"and {', '.join(silent)} does not answer: the reward hangs" if silent else "the reward workers answer")
+        )  # fmt: skip
 
     def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
+        with self.watchdog.phase("validation", self._waits_for):
+            metrics = super()._validate()
         shown = {name: value for name, value in metrics.items() if name.startswith("val-core/")}
         logger.info(
             "validation: %s",
@@ -176,7 +230,8 @@ class TagPRTrainer(PPOTrainerSync):
         write_text_atomically(path, "\n".join(lines) + "\n")
 
     def _save_checkpoint(self) -> None:
-        super()._save_checkpoint()
+        with self.watchdog.phase("save"), disk_full_is_named(Path(self.config.trainer.default_local_dir)):
+            super()._save_checkpoint()
         self._saved_step = int(self.global_steps)
 
     def log(self, data: dict[str, Any], step: int) -> None:
@@ -185,9 +240,10 @@ class TagPRTrainer(PPOTrainerSync):
         In this order, because a run goes on after its last complete checkpoint: the metrics of that step must be there.
         """
         self._metrics_log.log(data, step)
-        if step == self._saved_step:
+        if self._saved_step and step == self._saved_step:
             self._saved_step = 0
             mark_complete(Path(self.config.trainer.default_local_dir), step)
+            retain(Path(self.config.trainer.default_local_dir), self._keep)
             logger.info("checkpoint of step %d saved", step)
 
 
@@ -226,23 +282,26 @@ def train(config: DictConfig) -> Alert | None:
         raise ConfigError(f"verl refuses this configuration: {error}") from error
     configure_verl_logging()
     config.transfer_queue.enable = True
-    tq.init(config.transfer_queue)
     trainer = None
     succeeded = False
-    try:
-        trainer = TagPRTrainer(config)
-        trainer.init()
-        agent_loops = AgentLoopManagerTQ.create(
-            config=config,
-            llm_client=trainer.get_llm_client(),
-            teacher_client=trainer.get_teacher_client(),
-            reward_loop_worker_handles=trainer.get_reward_handles(),
-        )
-        trainer.fit(agent_loops)
-        succeeded = True
-        ending = trainer.watch.ending
-        return ending if ending is not None and ending.step < trainer.wanted_steps else None
-    finally:
-        if trainer is not None and getattr(trainer, "logger", None) is not None:
-            trainer.logger.finish(exit_code=0 if succeeded else 1)
-        tq.close()
+    with watchdog_of(config).running() as watchdog:
+        try:
+            tq.init(config.transfer_queue)
+            trainer = TagPRTrainer(config)
+            trainer.watchdog = watchdog
+            trainer.init()
+            agent_loops = AgentLoopManagerTQ.create(
+                config=config,
+                llm_client=trainer.get_llm_client(),
+                teacher_client=trainer.get_teacher_client(),
+                reward_loop_worker_handles=trainer.get_reward_handles(),
+            )
+            before_tracking(Path(config.run.dir), list(config.trainer.logger))
+            trainer.fit(agent_loops)
+            succeeded = True
+        finally:
+            if trainer is not None and getattr(trainer, "logger", None) is not None:
+                trainer.logger.finish(exit_code=0 if succeeded else 1)
+            tq.close()
+    ending = trainer.watch.ending
+    return ending if ending is not None and ending.step < trainer.wanted_steps else None
