@@ -26,6 +26,7 @@ from tagpr.dry_run import dry_run
 from tagpr.errors import ConfigError, StageError, TagPRError
 from tagpr.ray_jobs import absolute_overrides, be_no_actor, forwarded, submit
 from tagpr.rewards.weights import asks_prmu
+from tagpr.rl.supervisor import supervise_jobs
 
 logger = logging.getLogger("tagpr")
 
@@ -227,12 +228,15 @@ def submit_stage(stage: str, overrides: Sequence[str], config: DictConfig) -> in
         each for each in overrides if not each.lstrip("+~").startswith(("launch.submit=", "launch.address="))
     ]
     on_gpus = stage == "sft" and config.trainer.device == "cuda"
+    gpus = config.trainer.n_gpus_per_node if on_gpus else config.launch.gpus
+    if OmegaConf.select(config, "launch.restarts"):
+        return supervise_jobs(stage, [*kept, *absolute], config, gpus)
     return submit(
         config.launch.submit,
         stage,
         [*kept, *absolute],
         environment=forwarded(config.launch.environment),
-        gpus=config.trainer.n_gpus_per_node if on_gpus else config.launch.gpus,
+        gpus=gpus,
     )
 
 
@@ -265,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
     except TagPRError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        return error.status
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         return 130
