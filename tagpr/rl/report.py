@@ -261,7 +261,8 @@ def config_differences(config: DictConfig) -> tuple[str, list[tuple[str, str, st
     stage = f"{config.objective.mode}_rl"
     folder = Path(tagpr.config.__file__).parent / "rl_hardware"
     candidates = []
-    for path in sorted(folder.glob("*.yaml")):
+    on_cpu = config.trainer.device == "cpu"
+    for path in sorted(folder.glob("cpu.yaml" if on_cpu else "gpu*.yaml")):
         choice = f"rl_hardware={path.stem}"
         # What later keys are derived from: else a run's name would differ in every path.
         given = [
