@@ -285,3 +285,10 @@ def test_alert_round_trip(tmp_path: Path) -> None:
     (tmp_path / "alerts.jsonl").write_text(json.dumps(asdict(alert)) + '\n{"step": 4, "mon')
     assert read_alerts(tmp_path / "alerts.jsonl") == [alert]
     assert read_alerts(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(("lately", "caught"), [([0.43] * 6, True), ([0.9, -0.5, 0.9] * 2, False)])
+def test_a_fall_within_the_scatter_is_none(lately: list[float], caught: bool, tmp_path: Path) -> None:
+    """The same mean of every three steps, 0.43 after 1.0: without scatter a fault, with much of it nothing is known."""
+    stream = [{"profile/use": value} for value in [1.0, 1.1, 0.9, 1.0, *lately]]
+    assert bool(watched(stream, tmp_path)) is caught
