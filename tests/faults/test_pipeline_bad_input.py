@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from pipeline_kills import KEY_VARIABLE, MOST_IN_FLIGHT, ROLES, TASKS, Bench, Job
+from pipeline_kills import KEY_VARIABLE, MOST_IN_FLIGHT, ROLES, RUN_TIMEOUT_S, TASKS, Bench, Job
 
 TOKEN = "0123456789abcdef" * 4
 STATE_API = (
@@ -122,7 +122,7 @@ def test_the_key_is_in_no_command_line_log_state_api_answer_ledger_batch_or_outp
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + RUN_TIMEOUT_S
         while not (
             job.billed > 20
             and (found := re.search(r"dashboard: (http://127\.0\.0\.1:\d+)", job.log.read_text()))
@@ -141,7 +141,7 @@ def test_the_key_is_in_no_command_line_log_state_api_answer_ledger_batch_or_outp
             text for text in answers["api/v0/runtime_envs?detail=true"].splitlines() if KEY_VARIABLE in text
         ]
     finally:
-        assert process.wait(120) == 0, job.log.read_text()[-3000:]
+        assert process.wait(RUN_TIMEOUT_S) == 0, job.log.read_text()[-3000:]
     assert "HttpWorker" in answers["api/v0/actors?detail=true"], "the answers are about this job"
     assert "HttpWorker" in answers["api/v0/tasks?detail=true"]
     assert not [path for path, text in answers.items() if key in text]
