@@ -64,10 +64,15 @@ def check(config: DictConfig) -> None:
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: with one update per batch the ratio is "
             "always 1 and the clip never acts. Use a smaller divisor of data.train_batch_size."
         )
-    if not trainer.use_v1 or trainer.v1.trainer_mode != "sync":
+    if not trainer.use_v1 or trainer.v1.trainer_mode not in ("sync", "colocate_async"):
         raise ConfigError(
             f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}, trainer.use_v1={trainer.use_v1}: only verl's V1 trainer in "
-            "mode sync is supported."
+            "the modes sync and colocate_async is supported."
+        )
+    if actor.use_prefix_grouper:
+        raise ConfigError(
+            "actor_rollout_ref.actor.use_prefix_grouper=true: verl 0.9.1 shares a group's prompt in its old trainer only; V1 takes "
+            "the key and does nothing. Leave it false."
         )
     if config.reward.reward_manager.name != "TagPRRewardManager":
         raise ConfigError(

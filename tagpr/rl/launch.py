@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,22 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
+from tagpr.cpu_platform import TRAINING_THREADS
 from tagpr.dense_retrieval import install
 from tagpr.errors import RewardServerError, RunFault, StageError
 from tagpr.local_ray import local_ray, prepare_environment
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
-from tagpr.prmu.model import content_version
-from tagpr.prmu.wire import read_token
+from tagpr.prmu.wire import Address, read_token
 from tagpr.ray_jobs import connected, forwarded, use_token_if_there_is_one
 from tagpr.rewards.weights import asks_prmu
 from tagpr.rl.checks import check, check_context, schedule
-from tagpr.rl.data import draw, examples_of, write_rows
+from tagpr.rl.data import check_examples, draw, examples_of, write_rows
 from tagpr.rl.monitors import Alert
 from tagpr.rl.preflight import Wanted, preflight
 from tagpr.rl.report import write_report
 from tagpr.rl.resume import check_unchanged, hold, resume
+from tagpr.rl.side_by_side import prepared
 from tagpr.rl.stacks import RUN_DIR
 from tagpr.rl.supervisor import attempt_number, limits_of, patience_s
 from tagpr.rl.waiting import until_there
@@ -56,6 +58,15 @@ CONNECT_DEADLINE_S = 30.0
 LEAST_MEMORY_GIB = {"cpu": 2.0, "cuda": 16.0}
 # For Ray's logs and objects that leave memory.
 LEAST_DISK_GIB = 5.0
+# What verl.trainer.constants_ppo.get_ppo_ray_runtime_env says to workers that concerns a CPU.
+CPU_RUNTIME_ENV = {
+    "VLLM_LOGGING_LEVEL": "WARN",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "VERL_FULL_DETERMINISM": "0",
+    "VLLM_BATCH_INVARIANT": "0",
+    "VERL_RL_INSIGHT_ENABLE": "0",
+}
 # Exit status of a run that a monitor stopped: nobody is to start it again by itself.
 ENDED_ON_PURPOSE = 3
 RECIPES = {"guided": "sft.sh", "exploratory": "guided_rl.sh"}
@@ -86,41 +97,43 @@ def run(config: DictConfig) -> None:
         )
         return
 
+    for split in ("train", "dev"):
+        check_examples(config.paths.examples, split)
     hold(config)
     resumed = resume(config)
     check_unchanged(config, {}, resumed)
-
-    # 1. What is asked, as verl reads it
-    prompts = prepare_rows(config)
-    steps_per_epoch, steps = schedule(config, prompts)
-    logger.info(
-        "%s RL: %s, %d prompts, %d steps (%d an epoch) of %d x %d responses, lr %g, clip %g/%g, on %s",
-        config.objective.mode, start_model, prompts, steps, steps_per_epoch, config.data.train_batch_size,
-        config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor.optim.lr,
-        config.actor_rollout_ref.actor.clip_ratio_low, config.actor_rollout_ref.actor.clip_ratio_high,
-        config.trainer.device,
-    )  # fmt: skip
-    inputs = {
-        "model": Path(start_model),
-        "train": Path(config.data.train_files),
-        "dev": Path(config.data.val_files),
-    }
-    record = manifest(
-        config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed
-    )
-    check_unchanged(config, record.inputs, resumed)
-    write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
-    write_json_atomically(run_dir / "manifest.json", record.model_dump())
-
-    # 2. Train
     began = time.monotonic()
     with (
-        reward_server(config),
         library_output_to(run_dir / "driver.log", config.run.verbose),
+        own_server(config) as server,
         ray_cluster(config),
     ):
-        until_there(config, lambda: look_before(config))
-        ended = train_or_name_the_fault(config)
+        # 1. What is asked, as verl reads it
+        prompts = prepare_rows(config)
+        steps_per_epoch, steps = schedule(config, prompts)
+        logger.info(
+            "%s RL: %s, %d prompts, %d steps (%d an epoch) of %d x %d responses, lr %g, clip %g/%g, on %s",
+            config.objective.mode, start_model, prompts, steps, steps_per_epoch, config.data.train_batch_size,
+            config.actor_rollout_ref.rollout.n, config.actor_rollout_ref.actor.optim.lr,
+            config.actor_rollout_ref.actor.clip_ratio_low, config.actor_rollout_ref.actor.clip_ratio_high,
+            config.trainer.device,
+        )  # fmt: skip
+        inputs = {
+            "model": Path(start_model),
+            "train": Path(config.data.train_files),
+            "dev": Path(config.data.val_files),
+        }
+        record = manifest(
+            config.run.name, inputs, config.run.seed, synthetic=config.benchmark.synthetic, resumed_at=resumed
+        )
+        check_unchanged(config, record.inputs, resumed)
+        write_text_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config))
+        write_json_atomically(run_dir / "manifest.json", record.model_dump())
+
+        # 2. Train
+        with reward_server(config, server):
+            until_there(config, lambda: look_before(config))
+            ended = train_or_name_the_fault(config)
 
     # 3. Hand over
     last = latest_complete(Path(config.trainer.default_local_dir))
@@ -198,26 +211,59 @@ def prepare_rows(config: DictConfig) -> int:
 
 
 @contextmanager
-def reward_server(config: DictConfig) -> Iterator[None]:
-    """Make sure that the configured PRMU is served while the body runs; fills in ``prmu_client`` (url, version, token)."""
+def own_server(config: DictConfig) -> Iterator[Future[Address] | None]:
+    """The reward server of this run's own, where it needs one, starts while the body does other things, and ends after it."""
+    if not asks_prmu(config.objective):
+        yield None
+        return
+    if config.prmu_client.url is not None:
+        # Somebody else's: looked at before anything is started.
+        with reward_server(config):
+            yield None
+        return
+    check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
+    server = local_server(config.paths.prmu, Path(config.run.dir), config.trainer.device)
+    with ThreadPoolExecutor(1) as thread:
+        # Imports nothing: that two threads do at once may end in a deadlock.
+        starting = thread.submit(server.__enter__)
+        try:
+            yield starting
+        finally:
+            if starting.exception() is None:
+                server.__exit__(None, None, None)
+
+
+@contextmanager
+def reward_server(config: DictConfig, own: Future[Address] | None = None) -> Iterator[None]:
+    """Make sure that the configured PRMU is served while the body runs; fills in ``prmu_client`` (url, version, token).
+
+    Args:
+        config: of the run.
+        own: what :func:`own_server` started.
+
+    Raises:
+        RewardServerError: it did not start, does not answer, or serves another checkpoint.
+    """
     if not asks_prmu(config.objective):
         yield
         return
     client = config.prmu_client
     check_model_folder(config.paths.prmu, "paths.prmu", "train_prmu.sh")
+    # Not before Ray is up: it brings transformers.
+    from tagpr.prmu.model import content_version
+
     version = content_version(Path(config.paths.prmu))
     with open_dict(client):
         client.version = version
-    if client.url is not None:
-        deadline_s = max(CONNECT_DEADLINE_S, patience_s(config))
-        check_server(client.url, read_token(client.token_file), version, deadline_s=deadline_s)
-        yield
-        return
-    with local_server(config.paths.prmu, Path(config.run.dir), config.trainer.device) as address:
+    deadline_s = CONNECT_DEADLINE_S
+    if own is None:
+        deadline_s = max(deadline_s, patience_s(config))
+    else:
+        address = own.result()
         client.url = address.url
         client.token_file = str(Path(address.token_file).resolve()) if address.token_file else None
-        check_server(client.url, read_token(client.token_file), version, deadline_s=CONNECT_DEADLINE_S)
-        yield
+    check_server(client.url, read_token(client.token_file), version, deadline_s=deadline_s)
+    yield
 
 
 @contextmanager
@@ -232,24 +278,11 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         prepare_environment()
     else:
         use_token_if_there_is_one()
-    # Raises what verl's entry-point loading would swallow.
-    import tagpr.cpu_platform.platform  # noqa: F401
-
     environment = environment_of_workers(config)
     os.environ.update(environment)
-    if config.trainer.device == "cpu":
-        from verl.plugin.platform import get_platform
-
-        if get_platform().device_name != "cpu":
-            raise StageError(
-                f"trainer.device=cpu: verl chose the platform {get_platform().device_name!r}. "
-                "Install the project in this environment (bash recipes/setup.sh) and unset VERL_PLATFORM."
-            )
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
-
     arguments: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)
     asked = arguments.pop("runtime_env", None) or {}
-    runtime_env = {**get_ppo_ray_runtime_env(config), **asked}
+    runtime_env = {**verl_runtime_env(config), **asked}
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **environment, **asked.get("env_vars", {})}
     address = config.launch.address
     if address is not None:
@@ -260,6 +293,7 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
                 config,
                 lambda: stack.enter_context(connected(address, environment, runtime_env=dict(runtime_env))),
             )
+            check_platform(config)
             yield
         return
     cpus, dashboard = arguments.pop("num_cpus", None), arguments.pop("include_dashboard", False)
@@ -267,7 +301,43 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
     with local_ray(
         cpus, dashboard=dashboard, object_store_bytes=None, quiet=False, runtime_env=runtime_env, **arguments
     ):
+        with prepared(config) if config.trainer.device == "cpu" else nullcontext():
+            check_platform(config)
         yield
+
+
+def verl_runtime_env(config: DictConfig) -> dict[str, Any]:
+    """The runtime environment that verl wants; on a CPU without importing verl, so that Ray need not wait for it.
+
+    ``tests/contract/test_verl_hooks.py`` compares the two.
+    """
+    if config.trainer.device == "cpu":
+        return {
+            "env_vars": {**CPU_RUNTIME_ENV, **{k: v for k, v in os.environ.items() if k in CPU_RUNTIME_ENV}}
+        }
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    found: dict[str, Any] = get_ppo_ray_runtime_env(config)
+    return found
+
+
+def check_platform(config: DictConfig) -> None:
+    """Import verl, and look whether it found the platform.
+
+    Raises:
+        StageError: on a machine without a GPU, verl did not take the CPU platform.
+    """
+    # Raises what verl's entry-point loading would swallow.
+    import tagpr.cpu_platform.platform  # noqa: F401
+
+    if config.trainer.device == "cpu":
+        from verl.plugin.platform import get_platform
+
+        if get_platform().device_name != "cpu":
+            raise StageError(
+                f"trainer.device=cpu: verl chose the platform {get_platform().device_name!r}. "
+                "Install the project in this environment (bash recipes/setup.sh) and unset VERL_PLATFORM."
+            )
 
 
 def look_before(config: DictConfig) -> None:
@@ -320,8 +390,14 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
     }
     if config.trainer.device == "cpu":
         environment |= {
-            # One thread a process: the trainer, the rollout engine and the reward server share the cores.
+            # One thread a process: the rollout engine and the reward server share the cores.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            # Updates have them to themselves: rollouts wait meanwhile.
+            TRAINING_THREADS: os.environ.get(TRAINING_THREADS)
+            or os.environ.get("OMP_NUM_THREADS")
+            or str(max(1, len(os.sched_getaffinity(0)) // config.trainer.n_gpus_per_node)),
+            # vLLM compiles one function of its sampler, for seconds of the first step, which is no faster for it.
+            "TORCH_COMPILE_DISABLE": "1",
             # GiB; without it each vLLM engine takes half of the machine.
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -9,6 +9,7 @@ import logging
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from tagpr.checkpoints import mark_complete, retain
@@ -27,7 +28,9 @@ from tagpr.rl.gauges import show
 from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
+from tagpr.rl.rollouts import RolloutManager, RolloutServers
 from tagpr.rl.saving import disk_full_is_named
+from tagpr.rl.side_by_side import deferred_models
 from tagpr.rl.trackers import after_tracking, before_tracking
 from tagpr.rl.watchdog import unanswering, watchdog_of
 from tagpr.runs import MetricsLog, write_text_atomically
@@ -48,6 +51,13 @@ class TagPRTrainer(PPOTrainerSync):
         config.trainer.max_actor_ckpt_to_keep = None
         self.watchdog = watchdog_of(config)  # idle; :func:`train` puts the running one in its place
         self._tracked = False
+
+    def _setup(self) -> None:
+        with (
+            mock.patch.object(trainer_base, "LLMServerManager", RolloutServers),
+            deferred_models(self.config.trainer.device == "cpu"),
+        ):
+            super()._setup()
 
     def on_init_end(self) -> None:
         """Weights are synced and a checkpoint, where there is one, is loaded: open the metrics at its step."""
@@ -264,6 +274,15 @@ def _short(metric: str) -> str:
     return parts[1] if len(parts) > 2 else metric
 
 
+def trainer_class(mode: str) -> type[TagPRTrainer]:
+    """The trainer of ``trainer.v1.trainer_mode``."""
+    if mode == "sync":
+        return TagPRTrainer
+    from tagpr.rl.asynchronous import TagPRAsyncTrainer
+
+    return TagPRAsyncTrainer
+
+
 def train(config: DictConfig) -> Alert | None:
     """Run verl's trainer in this process, with Ray already up; returns when the last step is done.
 
@@ -287,10 +306,10 @@ def train(config: DictConfig) -> Alert | None:
     with watchdog_of(config).running() as watchdog:
         try:
             tq.init(config.transfer_queue)
-            trainer = TagPRTrainer(config)
+            trainer = trainer_class(config.trainer.v1.trainer_mode)(config)
             trainer.watchdog = watchdog
             trainer.init()
-            agent_loops = AgentLoopManagerTQ.create(
+            agent_loops = RolloutManager.create(
                 config=config,
                 llm_client=trainer.get_llm_client(),
                 teacher_client=trainer.get_teacher_client(),

@@ -1,0 +1,74 @@
+"""With a real Ray: what starts ahead on a CPU is what verl finds later."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tagpr.configuration import compose, resolve
+from tagpr.local_ray import local_ray
+from tagpr.rl import side_by_side
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a GPU: the CPU platform stands aside"
+)
+
+
+def test_queue_and_worker_start_while_something_else_happens(tmp_path: Path) -> None:
+    config = resolve(compose("exploratory_rl"))
+    environment = {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with local_ray(4, runtime_env={"env_vars": environment}):
+        with side_by_side.prepared(config):
+            began = True
+        assert began
+        import ray
+        import transfer_queue as tq
+
+        try:
+            # As the trainer does: finds what is there.
+            tq.init(config.transfer_queue)
+            tq.kv_batch_put(
+                keys=["a", "b"], partition_id="train", tags=[{"is_prompt": True}, {"is_prompt": False}]
+            )
+            assert set(tq.kv_list("train")["train"]) == {"a", "b"}
+            worker = side_by_side.take_rollout_worker()
+            assert side_by_side.take_rollout_worker() is None
+            # It is up, and has not begun.
+            with pytest.raises(ray.exceptions.RayTaskError, match="NoneType"):
+                ray.get(worker.generate_sequences.remote(None), timeout=300)
+        finally:
+            tq.close()
+
+
+def test_what_comes_after_loading_waits_for_it_and_the_driver_does_not() -> None:
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, create_colocated_worker_cls
+    from verl.trainer.ppo.v1 import trainer_base
+
+    from tests.contract.slow_worker import SlowWorker
+
+    root = str(Path(__file__).parent.parent.parent)
+    environment = {
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    with local_ray(8, num_gpus=1, runtime_env={"env_vars": environment}):
+        import ray
+
+        def groups() -> dict:
+            workers = {"actor_rollout": RayClassWithInitArgs(cls=ray.remote(SlowWorker))}
+            made = trainer_base.RayWorkerGroup(
+                resource_pool=RayResourcePool([1], max_colocate_count=1),
+                ray_cls_with_init=create_colocated_worker_cls(class_dict=workers),
+                device_name="cpu",
+            )
+            return made.spawn(prefix_set=workers.keys())
+
+        with side_by_side.deferred_models(True):
+            worker = groups()["actor_rollout"]
+            worker.init_model()
+            went_on = time.time()
+            (loaded,) = worker.when_loaded()
+            assert went_on < loaded <= time.time()
