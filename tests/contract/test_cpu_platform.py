@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +91,15 @@ def test_still_needed_unpinned_offload() -> None:
     from verl.workers.engine.fsdp import transformer_impl
 
     assert "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl), "verl no longer pins"
+
+
+def test_still_needed_without_ascend() -> None:
+    import verl
+
+    folder = Path(verl.__file__).parent / "checkpoint_engine"
+    assert "from .hccl_checkpoint_engine import" in (folder / "__init__.py").read_text("utf-8"), (
+        "verl no longer imports the engine for Ascend everywhere"
+    )
+    assert "from vllm" in (folder / "hccl_checkpoint_engine.py").read_text("utf-8"), (
+        "verl's engine for Ascend no longer imports vLLM"
+    )
