@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from omegaconf import DictConfig
 
@@ -56,42 +55,3 @@ def take_rollout_worker() -> Any:
     global _rollout_worker
     taken, _rollout_worker = _rollout_worker, None
     return taken
-
-
-@contextmanager
-def deferred_models(on: bool) -> Iterator[None]:
-    """In the body, verl's training workers are told to load their model and not waited for: rollout engines start meanwhile.
-
-    Whatever a worker is asked next waits in its queue. Not where both want one GPU, whose memory the rollout engine measures.
-    """
-    if not on:
-        yield
-        return
-    import ray
-    from verl.trainer.ppo.v1 import trainer_base
-
-    original = trainer_base.RayWorkerGroup
-    loading: list[Any] = []
-
-    def group(*args: Any, **kwargs: Any) -> Any:
-        made = original(*args, **kwargs)
-        spawn = made.spawn
-
-        def spawn_deferred(prefix_set: Any) -> dict[str, Any]:
-            groups: dict[str, Any] = spawn(prefix_set=prefix_set)
-            for prefix, one in groups.items():
-                if hasattr(one, "init_model"):
-                    one.init_model = lambda one=one, name=f"{prefix}_init_model": loading.extend(
-                        one.execute_all_async(name)
-                    )
-            return groups
-
-        made.spawn = spawn_deferred
-        return made
-
-    with mock.patch.object(trainer_base, "RayWorkerGroup", group):
-        try:
-            yield
-        finally:
-            # What failed to load is the reason of whatever failed after it.
-            ray.get(loading)

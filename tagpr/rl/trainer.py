@@ -30,7 +30,6 @@ from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.rl.rollouts import RolloutManager, RolloutServers
 from tagpr.rl.saving import disk_full_is_named
-from tagpr.rl.side_by_side import deferred_models
 from tagpr.rl.trackers import after_tracking, before_tracking
 from tagpr.rl.watchdog import unanswering, watchdog_of
 from tagpr.runs import MetricsLog, write_text_atomically
@@ -53,10 +52,7 @@ class TagPRTrainer(PPOTrainerSync):
         self._tracked = False
 
     def _setup(self) -> None:
-        with (
-            mock.patch.object(trainer_base, "LLMServerManager", RolloutServers),
-            deferred_models(self.config.trainer.device == "cpu"),
-        ):
+        with mock.patch.object(trainer_base, "LLMServerManager", RolloutServers):
             super()._setup()
 
     def on_init_end(self) -> None:

@@ -304,61 +304,6 @@ def test_trap_prefix_sharing_is_not_in_v1() -> None:
     assert not [path for path in sources if "prefix_grouper" in path.read_text("utf-8")]
 
 
-class Group:
-    """verl's worker group as far as loading is concerned."""
-
-    def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
-        self.asked: list[str] = []
-
-    def spawn(self, prefix_set: Any) -> dict[str, "Group"]:
-        return dict.fromkeys(prefix_set, self)
-
-    def init_model(self) -> None:
-        raise AssertionError("waited for")
-
-    def execute_all_async(self, name: str) -> list[str]:
-        self.asked.append(name)
-        return [name]
-
-
-def test_loading_is_not_waited_for_and_its_failure_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    from tagpr.rl.side_by_side import deferred_models
-
-    group, waited = Group(), []
-    monkeypatch.setattr(trainer_base, "RayWorkerGroup", lambda **_: group)
-    monkeypatch.setattr(ray, "get", waited.extend)
-    with deferred_models(True):
-        trainer_base.RayWorkerGroup(resource_pool="a").spawn(prefix_set={"actor_rollout"})[
-            "actor_rollout"
-        ].init_model()
-        assert (group.asked, waited) == (["actor_rollout_init_model"], [])
-    assert waited == group.asked
-
-    def gone(_: Any) -> None:
-        raise RuntimeError("no such model")
-
-    monkeypatch.setattr(ray, "get", gone)
-    with pytest.raises(RuntimeError, match="no such model"), deferred_models(True):
-        raise ValueError("whatever came of it")
-    with deferred_models(False):
-        assert trainer_base.RayWorkerGroup() is group
-
-
-def test_verl_has_what_loading_hooks() -> None:
-    from verl.single_controller.ray.base import RayWorkerGroup
-
-    source = inspect.getsource(trainer_base.PPOTrainer._setup)
-    assert source.index("wg_dict.spawn(prefix_set=") < source.index("self.actor_rollout_wg.init_model()")
-    assert source.index("self.actor_rollout_wg.init_model()") < source.index("LLMServerManager.create(")
-    assert 'f"{key}_{method_name}"' in (
-        whole := inspect.getsource(sys.modules[RayWorkerGroup.__module__])
-    ) or ('key + "_" + method_name' in whole)
-    assert list(inspect.signature(RayWorkerGroup.execute_all_async).parameters)[:2] == ["self", "method_name"]
-
-
 def test_the_early_worker_does_what_the_manager_asks_of_one() -> None:
     from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 

@@ -1,7 +1,5 @@
 """With a real Ray: what starts ahead on a CPU is what verl finds later."""
 
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -40,35 +38,3 @@ def test_queue_and_worker_start_while_something_else_happens(tmp_path: Path) -> 
                 ray.get(worker.generate_sequences.remote(None), timeout=300)
         finally:
             tq.close()
-
-
-def test_what_comes_after_loading_waits_for_it_and_the_driver_does_not() -> None:
-    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, create_colocated_worker_cls
-    from verl.trainer.ppo.v1 import trainer_base
-
-    from tests.contract.slow_worker import SlowWorker
-
-    root = str(Path(__file__).parent.parent.parent)
-    environment = {
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-    with local_ray(8, num_gpus=1, runtime_env={"env_vars": environment}):
-        import ray
-
-        def groups() -> dict:
-            workers = {"actor_rollout": RayClassWithInitArgs(cls=ray.remote(SlowWorker))}
-            made = trainer_base.RayWorkerGroup(
-                resource_pool=RayResourcePool([1], max_colocate_count=1),
-                ray_cls_with_init=create_colocated_worker_cls(class_dict=workers),
-                device_name="cpu",
-            )
-            return made.spawn(prefix_set=workers.keys())
-
-        with side_by_side.deferred_models(True):
-            worker = groups()["actor_rollout"]
-            worker.init_model()
-            went_on = time.time()
-            (loaded,) = worker.when_loaded()
-            assert went_on < loaded <= time.time()
