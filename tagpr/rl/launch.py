@@ -392,10 +392,9 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
         environment |= {
             # One thread a process: the rollout engine and the reward server share the cores.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            # Updates have them to themselves: rollouts wait meanwhile.
-            TRAINING_THREADS: os.environ.get(TRAINING_THREADS)
-            or os.environ.get("OMP_NUM_THREADS")
-            or str(max(1, len(os.sched_getaffinity(0)) // config.trainer.n_gpus_per_node)),
+            # Updates have the cores to themselves, but on a machine that others use too, two threads that wait for each other take
+            # five times as long as one: more only where it is asked for.
+            TRAINING_THREADS: os.environ.get(TRAINING_THREADS) or os.environ.get("OMP_NUM_THREADS", "1"),
             # vLLM compiles one function of its sampler, for seconds of the first step, which is no faster for it.
             "TORCH_COMPILE_DISABLE": "1",
             # GiB; without it each vLLM engine takes half of the machine.
