@@ -101,7 +101,7 @@ def build(
 
 def centre(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Place) -> torch.Tensor:
     """Around what user rows are drawn, [hidden size]."""
-    table = model.get_input_embeddings().weight.detach()
+    table: torch.Tensor = model.get_input_embeddings().weight.detach()
     if place == "first":
         return table.new_zeros(table.shape[1])
     return table[tokenizer.convert_tokens_to_ids(END_TOKEN)].clone()

@@ -74,7 +74,8 @@ def _charts(rows: Rows, by: str, *, joined: bool = False) -> str:
 
 def _tables(lines: Sequence[str]) -> str:
     """Markdown's headings, tables and lines of text, as the report has them."""
-    found, table = "", []
+    found = ""
+    table: list[list[str]] = []
     for line in [*lines, ""]:
         if line.startswith("|"):
             table.append([html.escape(cell.strip()) for cell in line.strip().strip("|").split(" | ")])
