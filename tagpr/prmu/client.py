@@ -380,7 +380,8 @@ class RewardClient:
         finally:
             if not post.done():
                 post.cancel()
-                await asyncio.wait({post})
+                # Its own error, should it end with one, is no news any more.
+                await asyncio.gather(post, return_exceptions=True)
 
     def _avoid(self, http: httpx.AsyncClient, replica: _Replica) -> None:
         """Take a replica out of use until its health check answers; the only one there is stays in use."""

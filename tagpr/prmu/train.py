@@ -274,15 +274,6 @@ def train(
             rows.step(touched, by_row * scale, settings.row_learning_rate * share)
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + len(own)
-        if (
-            checkpoints
-            and settings.checkpoint_every
-            and step % settings.checkpoint_every == 0
-            and step < steps
-        ):
-            if peers.first:
-                save_state(checkpoints, step, made_from, model, optimizer, rows)
-            peers.barrier()
         # Every so many steps, not seconds: several processes have to add up at the same steps.
         if step == steps or step % settings.log_every == 0:
             loss_sum, hits_sum, margin_sum, seen_sum = peers.sums(loss_sum, hits, margin_sum, seen)
@@ -304,6 +295,16 @@ def train(
                     (step - first_step) * settings.batch_size / (now - started), now - started,
                 )  # fmt: skip
             seen, loss_sum, hits, margin_sum = 0, 0.0, 0, 0.0
+        # After the figures of this step: a run that goes on from here does not write them again.
+        if (
+            checkpoints
+            and settings.checkpoint_every
+            and step % settings.checkpoint_every == 0
+            and step < steps
+        ):
+            if peers.first:
+                save_state(checkpoints, step, made_from, model, optimizer, rows)
+            peers.barrier()
     return step
 
 

@@ -9,7 +9,6 @@ import pytest
 from tagpr.checkpoints import export_model, latest_complete, mark_complete
 from tagpr.errors import DataError, StageError
 from tagpr.rl.data import draw
-from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.runs import MetricsLog, check_model_folder
 from tagpr.schema import Example
 from tagpr.sft.dataset import TaggedChainDataset, encode
@@ -85,23 +84,6 @@ def test_drawing_rows_is_seeded_and_exact() -> None:
     assert draw(examples, None, seed=1) == examples
     with pytest.raises(ValueError, match=r"rl_rows\.lamp1=51"):
         draw(examples, {"lamp1": 51}, seed=1)
-
-
-def test_reward_metrics_by_hand() -> None:
-    def info(total: float, tag: float, failure: str) -> dict[str, object]:
-        parts = {"verifiable": total, "repetition": 0.0, "format": 1.0, "prmu": 0.5, "prmu_unknown_user": 0.0}
-        return {"total": total, "tag": tag, "failure": failure, **parts}
-
-    infos = [info(1.0, 0.0, ""), info(0.0, -1.0, "tag_nested"), info(0.5, 0.0, ""), info(0.5, 0.0, "")]
-    metrics = reward_metrics(infos, ["lamp1", "lamp1", "lamp3", "lamp3"], ["a", "a", "b", "b"])
-    assert metrics["reward/total/mean"] == 0.5
-    assert metrics["lamp1/reward/verifiable/mean"] == 0.5
-    assert metrics["failure/tag_nested/share"] == 0.25
-    assert metrics["tags/valid_frac"] == 0.75
-    assert metrics["group/zero_spread_frac"] == 0.5
-    assert metrics["prmu/unknown_user_frac"] == 0.0
-    without = [{name: value for name, value in i.items() if not name.startswith("prmu")} for i in infos]
-    assert "reward/prmu/mean" not in reward_metrics(without, ["lamp1"] * 4, list("aabb"))
 
 
 @pytest.fixture(scope="module")

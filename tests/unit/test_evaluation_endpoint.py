@@ -37,7 +37,7 @@ def requests(number: int, seed: int | None = None) -> list[Request]:
 
 
 def method(url: str, **changes: Any) -> Method:
-    return Method("gpt", "gpt-4o", **{"endpoint": url, "timeout_s": 0.5, "concurrency": 8, **changes})
+    return Method("gpt", "gpt-4o", **{"endpoint": url, "timeout_s": 5.0, "concurrency": 8, **changes})
 
 
 def ask(method: Method, number: int = 20, sampling: Sampling | None = None) -> list[Completion]:
@@ -243,7 +243,7 @@ def test_rows_that_came_before_a_failure_are_on_the_disk(tmp_path: Path) -> None
     path = tmp_path / "gpt.jsonl"
     with FaultyEndpoint(late) as endpoint:
         with pytest.raises(StageError, match="quota"):
-            evaluate(path, endpoint.url, 20, concurrency=2)
+            evaluate(path, endpoint.url, 20, concurrency=2, timeout_s=60.0)
         assert sum(endpoint.asked.values()) == len(path.read_text().splitlines()) >= 4
 
 
