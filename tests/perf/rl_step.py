@@ -339,4 +339,6 @@ if __name__ == "__main__":
     parser.add_argument("--peer-python")
     parser.add_argument("--install-peer")
     parser.add_argument("--set", nargs="*", default=[], help="overrides for our runs")
+    # What was started is ended with this, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run(parser.parse_args())
