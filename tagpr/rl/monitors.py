@@ -343,7 +343,7 @@ class PolicyGap(Monitor):
         if not self._ready() or self._now(self.reads[0]) <= self.largest:
             return ""
         return (
-            f"rollout and actor differ by {self._now(self.reads[0]):.3f} in a token's probability on average "
+            f"rollout and actor differ by {self._now(self.reads[0]):.3g} in a token's probability on average "
             f"(limit {self.largest:g}): weights do not reach the rollout engine, or it computes something else"
         )
 
