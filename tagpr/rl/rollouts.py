@@ -149,8 +149,10 @@ class RolloutServers(LLMServerManager):
 _Worker: Any = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
 
 
-class RolloutWorker(_Worker):  # type: ignore[misc]
+class RolloutWorker(_Worker):
     """See the head of this file."""
+
+    reward_loop_worker_handles: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
