@@ -378,7 +378,7 @@ def build(config: Mapping[str, Any]) -> dict[str, tuple[Monitor, Action]]:
     built: dict[str, tuple[Monitor, Action]] = {}
     for name, kind in MONITORS.items():
         settings = dict(config[name])
-        action = settings.pop("action")
+        action: Any = settings.pop("action")
         # YAML reads a bare off as false.
         action = "off" if action is False else action
         if action not in get_args(Action):

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 class TagPRTrainer(PPOTrainerSync):
     """One step: rollouts, rewards, old log-probabilities, group advantages, four GSPO updates, weight sync."""
 
+    # verl's; a monitor may bring it forward.
+    total_training_steps: int
+
     def __init__(self, config: DictConfig) -> None:
         super().__init__(config)
         self.run_dir = Path(config.run.dir)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.faults.rl_monitors import PATHOLOGIES, eq5, judge, run
 
 
