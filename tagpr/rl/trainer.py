@@ -123,7 +123,7 @@ class TagPRTrainer(PPOTrainerSync):
         silent = unanswering(rewards)
         return (
             f"waiting for {pending + running} groups of {pending + running + finished}, "
-            + (f"and {', '.join(silent)} does not answer: the reward hangs" if silent else "the reward workers answer")
+            + (f"and of the reward {', '.join(silent)}" if silent else "the reward workers answer")
         )  # fmt: skip
 
     def _validate(self) -> dict[str, float]:

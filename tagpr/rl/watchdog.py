@@ -196,15 +196,15 @@ def _ask_nodes(run_dir: str) -> None:
 
 
 def unanswering(actors: Mapping[str, Any], deadline_s: float = 5.0) -> list[str]:
-    """Names of the Ray actors that do not answer an empty call in time, or are dead."""
+    """``<name> hangs`` or ``<name> is dead`` for each of the Ray actors that does not answer an empty call in time."""
     import ray
 
     calls = {actor.__ray_ready__.remote(): name for name, actor in actors.items()}
     done, late = ray.wait(list(calls), num_returns=len(calls), timeout=deadline_s) if calls else ([], [])
-    silent = [calls[each] for each in late]
+    silent = [f"{calls[each]} hangs" for each in late]
     for each in done:
         try:
             ray.get(each)
         except ray.exceptions.RayError:
-            silent.append(f"{calls[each]} (dead)")
+            silent.append(f"{calls[each]} is dead")
     return sorted(silent)
