@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("tagpr", "reward_server", "data_pipeline")
 # What our packages consist of; anything else that lies in them is somebody's data.
-SOURCE_SUFFIXES = frozenset({".py", ".yaml", ".md", ".html", ".js", ".json"})
+SOURCE_SUFFIXES = frozenset({".py", ".yaml", ".md", ".html", ".css", ".js", ".json"})
 # Ray refuses packages above 512 MiB; sources are nowhere near, so that more than this is a mistake.
 LARGEST_SOURCES_BYTES = 16 * 2**20
 # Ray and its cluster set this in the environment of a job that was submitted to it.
