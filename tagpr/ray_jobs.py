@@ -370,7 +370,9 @@ async def _follow(client: Any, job: str, say: Callable[[str], None]) -> None:
             return
         except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
             if "404" in str(error) or "does not exist" in str(error):
-                raise StageError(f"job {job}: its cluster has been started anew, and does not know it.") from error
+                raise StageError(
+                    f"job {job}: its cluster has been started anew, and does not know it."
+                ) from error
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > LOST_CONNECTION_S:
                 raise StageError(

@@ -78,11 +78,11 @@ def fit_rows(
     encoded, owner = [], []
     for place, user in enumerate(users):
         for pair in pairs[user]:
-            both = (
+            chosen, rejected = (
                 encoder.encode(pair.id, user, pair.prompt, text).token_ids
                 for text in (pair.chosen, pair.rejected)
             )
-            encoded.append(EncodedPair(*both).with_row(encoder.users.end + place))
+            encoded.append(EncodedPair(chosen, rejected).with_row(encoder.users.end + place))
             owner.append(place)
     owners = torch.tensor(owner, device=model.device)
     counts = torch.bincount(owners, minlength=len(users)).float()
@@ -220,11 +220,11 @@ def margins_with(
                 part = pairs[first : first + settings.micro_batch_size]
                 encoded = []
                 for pair in part:
-                    both = (
+                    chosen, rejected = (
                         encoder.encode(pair.id, pair.user_id, pair.prompt, text).token_ids
                         for text in (pair.chosen, pair.rejected)
                     )
-                    each = EncodedPair(*both)
+                    each = EncodedPair(chosen, rejected)
                     # Given rows stand behind the checkpoint's, for as long as this takes.
                     given = pair.user_id in rows
                     encoded.append(each.with_row(end + names.index(pair.user_id)) if given else each)

@@ -12,6 +12,7 @@ from tagpr.rl.supervisor import ATTEMPT
 
 if __name__ == "__main__":
     stage, overrides = sys.argv[1], sys.argv[2:]
+
     def supervised(config: DictConfig) -> None:
         """Train; where ``launch.restarts`` asks for it become the small process that has others do it."""
         if config.launch.restarts and ATTEMPT not in os.environ:

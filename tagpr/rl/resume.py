@@ -70,7 +70,7 @@ FREE = (
 )
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def changes(before: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[tuple[str, Any, Any]]:
     """Keys that must not differ and do, as (key, before, now); a key that only one of them has came with other sources."""
     old, new = _flat(before), _flat(now)
     return [

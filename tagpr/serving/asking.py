@@ -247,7 +247,8 @@ class Asker:
         except EngineError as error:
             raise Refused(502, "engine_failed", str(error)) from error
         taken = tuple(self._taken_apart(ids, reason) for ids, reason in found)
-        chosen, scores = None, ()
+        chosen: int | None = None
+        scores: tuple[PrmuScore, ...] = ()
         if request.best_of:
             chosen, scores = await self._best(request.user, prompt, taken)
         return Answer(
