@@ -231,7 +231,10 @@ def format_response(reasoning: str, answer: str, vocabulary: Iterable[str] | Non
         DataError: :func:`split_response` would not give the same two parts back.
     """
     text = f"{THINK_OPEN}\n{reasoning.strip()}\n{THINK_CLOSE}\n\n{answer.strip()}"
-    problem = split_response(text, vocabulary).problem
+    read = split_response(text, vocabulary)
+    problem = read.problem
+    if not problem and read.answer != answer.strip():  # it ended with an end of turn
+        problem = "control_token"
     if problem:
         raise DataError(f"response: {problem}, so it cannot be read back. Drop it, or neutralise its parts.")
     return text

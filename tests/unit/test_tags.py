@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tagpr.errors import ConfigError, DataError
@@ -196,11 +196,13 @@ def test_responses(text: str, problem: str) -> None:
 
 
 @given(texts, texts)
+@example("0", "<<|im_end|>")
 def test_formatting_reads_back_or_refuses(reasoning: str, answer: str) -> None:
     try:
         text = format_response(reasoning, answer)
     except DataError:
-        assert split_response(f"<think>\n{reasoning}\n</think>\n\n{answer}").problem
+        read = split_response(f"<think>\n{reasoning}\n</think>\n\n{answer}")
+        assert read.problem or answer.strip().endswith("<|im_end|>")
         return
     response = split_response(text)
     assert (response.reasoning, response.answer) == (reasoning.strip(), answer.strip())
