@@ -201,6 +201,9 @@ def curve(
             for pair, margin in zip(tried, margins_with(prmu, tried, rows, settings), strict=True):
                 margins[places[pair.id]] = margin
             found[size].append(margins)
+            logger.info(
+                "draw %d/%d: rows of %d users fitted to %d pairs each", draw + 1, draws, len(support), size
+            )
     return list(pairs), found
 
 

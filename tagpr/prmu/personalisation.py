@@ -66,6 +66,7 @@ def run(config: DictConfig) -> None:
         )
     prmu = load(config.paths.prmu, max_tokens=config.train_prmu.max_tokens, device=config.cold_start.device)
     pairs = split.seen_users
+    logger.info("%d held-out pairs, ids swapped and profiles shuffled %d times", len(pairs), settings.repeats)
     found = {
         name: [_margins(prmu, condition, config.cold_start.micro_batch_size) for condition in repeats]
         for name, repeats in conditions(config, prmu.encoder, pairs).items()

@@ -341,12 +341,14 @@ SCENARIOS: dict[str, Callable[..., Figures]] = {
 def main() -> int:
     """Run the chosen scenarios, all without a choice."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("scenarios", nargs="*", default=[*SCENARIOS], choices=[*SCENARIOS])
+    parser.add_argument("scenarios", nargs="*", metavar="|".join(SCENARIOS))
     parser.add_argument("--outage", type=float, default=60.0)
     arguments = parser.parse_args()
+    if unknown := set(arguments.scenarios) - set(SCENARIOS):
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}")
     found: Figures = {}
     with tempfile.TemporaryDirectory() as name:
-        for scenario in arguments.scenarios:
+        for scenario in arguments.scenarios or SCENARIOS:
             folder = Path(name) / scenario
             folder.mkdir()
             more = {"seconds": arguments.outage} if scenario == "outage" else {}
