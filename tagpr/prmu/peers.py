@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from tagpr.errors import ConfigError, StageError, TagPRError
+from tagpr.errors import ConfigError, RunFault, StageError, TagPRError
 from tagpr.ray_jobs import connected, forwarded
 
 # Gradients are added up in pieces of this size.
@@ -109,7 +109,8 @@ def run_together(entry: str, config: DictConfig, gpus: bool) -> None:
     within START_TIMEOUT_S (Ray's default is to try for ever). All nodes must see ``run.outputs`` at the same path.
 
     Raises:
-        StageError: the group failed for good; says why.
+        StageError: a worker found that something is wrong; says what.
+        RunFault: the group died for good; says of what.
     """
     settings = config.train_prmu
     if settings.workers == 1:
@@ -146,10 +147,10 @@ def run_together(entry: str, config: DictConfig, gpus: bool) -> None:
         try:
             trainer.fit()
         except ray.exceptions.RayError as error:
-            raise StageError(_reason(error)) from error
+            raise _fault(error) from error
         except Exception as error:  # Ray Train wraps what a worker raised in errors of several kinds
             if type(error).__module__.startswith("ray."):
-                raise StageError(_reason(error)) from error
+                raise _fault(error) from error
             raise
 
 
@@ -182,18 +183,18 @@ def _ray(settings: DictConfig) -> Iterator[None]:
         yield
 
 
-def _reason(error: BaseException) -> str:
-    """One line: our own error where a worker raised one, else the last line that says something."""
+def _fault(error: BaseException) -> StageError:
+    """One line: our own error where a worker raised one, else a fault of the run, whose last line says something."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, TagPRError):
-            return str(seen)
+            return StageError(str(seen))
         seen = seen.__cause__ or seen.__context__
     for line in str(error).splitlines():
         name, _, text = line.strip().partition(": ")
         if name.startswith("tagpr.errors.") and text:
-            return text
+            return StageError(text)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
+    return RunFault(
         f"train_prmu: a worker failed ({lines[-1][:300] if lines else type(error).__name__}). See Ray's logs."
     )

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from test_prmu_train import habit_pairs, write
 
 from tagpr.configuration import compose, resolve
+from tagpr.errors import RunFault, StageError
 from tagpr.prmu import train as stage
-from tagpr.prmu.peers import Peers
+from tagpr.prmu.peers import Peers, _fault
 
 
 def process(rank: int, world: int, meeting: str, config: str) -> None:
@@ -64,3 +65,16 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
             name,
             (value - models[1][name]).abs().max(),
         )
+
+
+def test_a_group_that_dies_may_be_started_again_and_our_own_errors_may_not() -> None:
+    died = _fault(RuntimeError("The actor is dead.\nIts process was killed."))
+    assert isinstance(died, RunFault)
+    assert str(died) == "train_prmu: a worker failed (Its process was killed.). See Ray's logs."
+    wrapped = RuntimeError("worker 0 failed")
+    wrapped.__cause__ = StageError("train_prmu: loss is not finite. Lower the rate.")
+    told = RuntimeError("Traceback\ntagpr.errors.StageError: train_prmu: loss is not finite. Lower the rate.")
+    for error in (wrapped, told):
+        ours = _fault(error)
+        assert not isinstance(ours, RunFault)
+        assert str(ours) == "train_prmu: loss is not finite. Lower the rate."
