@@ -228,7 +228,7 @@ def apart(own: list[list[float]], other: list[list[float]], window: int = 4) -> 
     ]
     return {
         "between_trainers": round(statistics.mean(between), 4),
-        "between_seeds": round(statistics.mean(within), 4) if within else float("nan"),
+        "between_seeds": round(statistics.mean(within), 4) if within else None,
     }
 
 
