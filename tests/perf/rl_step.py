@@ -209,8 +209,8 @@ def curves(runs: list[dict[str, Any]], window: int = 4) -> dict[str, Any]:
     }
 
 
-def apart(own: list[list[float]], other: list[list[float]], window: int = 4) -> dict[str, float]:
-    """How far the curves (means over ``window`` steps) lie apart: between the trainers, and between seeds of the same one."""
+def apart(own: list[list[float]], other: list[list[float]], window: int = 4) -> dict[str, float | None]:
+    """How far the curves (means over ``window`` steps) lie apart: between the trainers, and between seeds of the same one (none with one seed)."""
 
     def smooth(curve: list[float]) -> list[float]:
         return [statistics.mean(curve[at : at + window]) for at in range(len(curve) - window + 1)]
