@@ -210,7 +210,7 @@ def curves(runs: list[dict[str, Any]], window: int = 4) -> dict[str, Any]:
 
 
 def apart(own: list[list[float]], other: list[list[float]], window: int = 4) -> dict[str, float | None]:
-    """How far the curves (means over ``window`` steps) lie apart: between the trainers, and between seeds of one (None with one seed)."""
+    """How far the curves (means over ``window`` steps) lie apart: between the trainers, and between seeds of one (or None)."""
 
     def smooth(curve: list[float]) -> list[float]:
         return [statistics.mean(curve[at : at + window]) for at in range(len(curve) - window + 1)]
