@@ -9,9 +9,9 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra.errors
 from hydra import compose as hydra_compose
@@ -58,6 +58,15 @@ def _package_folder(name: str) -> str:
 
 OmegaConf.register_new_resolver("package_folder", _package_folder, replace=True)
 OmegaConf.register_new_resolver("own_task_names", _own_task_names, replace=True)
+
+
+def flat(node: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dictionaries by dotted key; lists are leaves."""
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from flat(value, f"{at}.{name}" if at else str(name))
+    else:
+        yield at, node
 
 
 def compose(stage: str, overrides: Sequence[str] = ()) -> DictConfig:

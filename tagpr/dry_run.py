@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import tagpr.config
 from tagpr.checkpoints import latest_complete
-from tagpr.configuration import compose, export, resolve
+from tagpr.configuration import compose, export, flat, resolve
 from tagpr.errors import ConfigError
 from tagpr.model_shapes import Shape, read_shape
 from tagpr.rewards.weights import asks_prmu
@@ -93,15 +93,6 @@ def _configuration(stage: str, overrides: Sequence[str], config: DictConfig) -> 
         new = json.dumps(after[key], ensure_ascii=False, default=str) if key in after else "(taken out)"
         section.add(f"  {key}", f"{old} -> {new}")
     return section
-
-
-def flat(node: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dictionaries by dotted key; lists are leaves."""
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from flat(value, f"{at}.{name}" if at else str(name))
-    else:
-        yield at, node
 
 
 # RL

@@ -8,8 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tagpr.configuration import compose, resolve
-from tagpr.dry_run import flat
+from tagpr.configuration import compose, flat, resolve
 from tagpr.errors import ConfigError, DataError
 from tagpr.runs import complete_lines, folder_hash
 

@@ -83,6 +83,15 @@ def figures_by_group(pairs: Sequence[PreferencePair], margins: Sequence[float]) 
     return {group: figures(values) for group, values in sorted(found.items())}
 
 
+def places_by_group(pairs: Sequence[PreferencePair]) -> dict[str, list[int]]:
+    """Where the pairs of each group (:func:`groups_of`) stand, "all" first."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place, pair in enumerate(pairs):
+        for group in groups_of(pair):
+            found[group].append(place)
+    return dict(sorted(found.items(), key=lambda each: (each[0] != "all", each[0])))
+
+
 def table(found: Mapping[str, Figures]) -> list[str]:
     """Lines of a table: a row for each group of pairs, with and without the user's row, and for unseen users."""
 

@@ -34,7 +34,7 @@ from tagpr.dense_retrieval import install
 from tagpr.errors import DataError, StageError
 from tagpr.prmu import cold_start, report_page
 from tagpr.prmu.encoding import Encoder
-from tagpr.prmu.figures import groups_of
+from tagpr.prmu.figures import places_by_group
 from tagpr.prmu.model import Prmu, load
 from tagpr.prmu.packing import EncodedPair
 from tagpr.prmu.train import encode_pairs, fingerprint, pair_margins
@@ -146,10 +146,7 @@ def effects(
     """
     own = np.array(found["own"][0])
     rows = []
-    for group in sorted(
-        {group for pair in pairs for group in groups_of(pair)}, key=lambda g: (g != "all", g)
-    ):
-        places = [place for place, pair in enumerate(pairs) if group in groups_of(pair)]
+    for group, places in places_by_group(pairs).items():
         chosen = [pairs[place] for place in places]
         if len({pair.user_id for pair in chosen}) < 2:
             continue
@@ -203,10 +200,7 @@ def cold_start_figures(
         prmu, pairs, sizes, settings.cold_start.draws, config.cold_start, config.run.seed
     )
     figures = []
-    for group in sorted(
-        {group for pair in pairs for group in groups_of(pair)}, key=lambda g: (g != "all", g)
-    ):
-        places = [place for place, pair in enumerate(pairs) if group in groups_of(pair)]
+    for group, places in places_by_group(pairs).items():
         # A draw tries half of the pairs: its accuracy is that of those.
         runs_of = {
             str(size): [[draw[p] for p in places] for draw in found[size]] for size in sorted(set(sizes))

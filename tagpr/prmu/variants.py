@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from tagpr import runs
 from tagpr.configuration import main
 from tagpr.errors import ConfigError
-from tagpr.prmu.figures import groups_of
+from tagpr.prmu.figures import places_by_group
 from tagpr.prmu.pairs import Split, pair_files, read_pairs, split_pairs
 from tagpr.prmu.train import encode_pairs, fingerprint, margins_of, prepare, train
 from tagpr.schema import PreferencePair
@@ -150,10 +150,7 @@ def report(
         "|---|---|---|---|---|",
     ]
     for name, pairs in (("seen_users", split.seen_users), ("unseen_users", split.unseen_users)):
-        for group in sorted(
-            {group for pair in pairs for group in groups_of(pair)}, key=lambda g: (g != "all", g)
-        ):
-            places = [place for place, pair in enumerate(pairs) if group in groups_of(pair)]
+        for group, places in places_by_group(pairs).items():
             chosen = [pairs[place] for place in places]
             if len({pair.user_id for pair in chosen}) < 2:
                 continue

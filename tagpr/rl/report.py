@@ -18,8 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import tagpr.config
-from tagpr.configuration import compose, main, resolve
-from tagpr.dry_run import flat
+from tagpr.configuration import compose, flat, main, resolve
 from tagpr.errors import StageError
 from tagpr.page.figures import Series
 from tagpr.page.parts import (

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tagpr.checkpoints import damaged, half_written, latest_complete, world_size
+from tagpr.configuration import flat
 from tagpr.errors import ConfigError, RunFault, StageError
 from tagpr.rl.supervisor import attempt_number, patience_s
 from tagpr.runs import last_step
@@ -70,9 +73,9 @@ FREE = (
 )
 
 
-def changes(before: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[tuple[str, Any, Any]]:
+def changes(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     """Keys that must not differ and do, as (key, before, now); a key that only one of them has came with other sources."""
-    old, new = _flat(before), _flat(now)
+    old, new = dict(flat(before)), dict(flat(now))
     return [
         (key, old[key], new[key])
         for key in old
@@ -82,15 +85,6 @@ def changes(before: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[tuple[str
 
 def _is_fixed(key: str) -> bool:
     return any(key.startswith(each) if each.endswith(".") else key == each for each in FIXED)
-
-
-def _flat(node: Any, at: str = "") -> dict[str, Any]:
-    if not isinstance(node, Mapping):
-        return {at: node}
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        found |= _flat(value, f"{at}.{name}" if at else str(name))
-    return found
 
 
 def check_unchanged(config: DictConfig, inputs: Mapping[str, str], resumed: int) -> None:
@@ -105,22 +99,22 @@ def check_unchanged(config: DictConfig, inputs: Mapping[str, str], resumed: int)
     run_dir = Path(config.run.dir)
     if resumed == 0 or config.run.accept_changes:
         return
+    file = run_dir / "config.yaml"
     found: list[tuple[str, Any, Any]] = []
-    try:
-        before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=False)
-        now = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(config)), resolve=False)
-        assert isinstance(before, dict)
-        assert isinstance(now, dict)
-        found = changes(before, now)
-    except FileNotFoundError:
-        logger.warning(
-            "%s: is gone, so that nothing says whether settings have changed", run_dir / "config.yaml"
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"{run_dir / 'config.yaml'}: cannot be read ({str(error).splitlines()[0]}). It records what the checkpoints were "
-            "trained with: restore it, or set run.accept_changes=true."
-        ) from error
+    if file.exists():
+        try:
+            before = OmegaConf.load(file)
+            if not isinstance(before, DictConfig):
+                raise ValueError("it is no mapping")
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(
+                f"{file}: cannot be read ({str(error).splitlines()[0]}). It records what the checkpoints were "
+                "trained with: restore it, or set run.accept_changes=true."
+            ) from error
+        now = OmegaConf.create(OmegaConf.to_yaml(config))
+        found = changes(*(OmegaConf.to_container(each, resolve=False) for each in (before, now)))
+    else:
+        logger.warning("%s: is gone, so that nothing says whether settings have changed", file)
     found += [(f"{name} (content)", old[:12], new[:12]) for name, old, new in _other_inputs(run_dir, inputs)]
     if found:
         for key, old, new in found[1:]:
