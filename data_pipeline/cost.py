@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from data_pipeline import exploratory, judge
 from data_pipeline.ledger import Ledger, Spent, spent
 from data_pipeline.prompts import PromptTemplate
-from data_pipeline.settings import ChainSettings, ModelSettings, in_this_job, read_settings
+from data_pipeline.settings import ROLES, ChainSettings, ModelSettings, in_this_job, read_settings
 from data_pipeline.store import Store
 from data_pipeline.tagging import Mode, RestrictedTagging
 from tagpr.benchmarks.prompt import QueryTooLongError, build_prompt
@@ -274,9 +274,7 @@ def estimate(
             )  # fmt: skip
         tagging[mode] = made
     roles = frozenset(
-        role
-        for role in ("teacher", "judge", "tagger")
-        if cast("ModelSettings", getattr(settings, role)).mode == "batch"
+        role for role in ROLES if cast("ModelSettings", getattr(settings, role)).mode == "batch"
     )
     return Estimate(tuple(stages), tagging, settings.tagging.mode, roles, source)
 

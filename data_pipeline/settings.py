@@ -11,6 +11,8 @@ from tagpr.errors import ConfigError
 from tagpr.metrics import RougeKind
 
 Share = float
+# The models of a run, each a node of ``chains:``.
+ROLES = ("teacher", "judge", "tagger")
 
 
 class Settings(BaseModel):
@@ -245,7 +247,7 @@ def read_settings(config: DictConfig) -> ChainSettings:
         )
     if not any(exploratory.weights.model_dump().values()):
         raise ConfigError("chains.exploratory.weights: all are 0. Give one of them a weight.")
-    for name in ("teacher", "judge", "tagger"):
+    for name in ROLES:
         model: ModelSettings = getattr(settings, name)
         if in_this_job(settings, name):
             continue

@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.__main__ import Draw, run
+from data_pipeline.__main__ import run
+from data_pipeline.draw import Draw
 from data_pipeline.outputs import FILES
 from data_pipeline.settings import read_settings
 from tagpr.benchmarks.lamp import read_split

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.__main__ import _check_ledger
+from data_pipeline.determinants import check_ledger
 from data_pipeline.endpoint import Endpoint, PendingError, Unit, for_each, read_key, stream
 from data_pipeline.ledger import Ledger
 from data_pipeline.settings import ChainSettings, ModelSettings, read_settings
@@ -243,16 +243,16 @@ def test_a_ledger_of_other_settings_is_refused_before_it_is_paid_for_again(tmp_p
     before = {"judge": {"chains.judge.model": "gpt-4o"}, "teacher": {}, "tagger": {}}
     now = {**before, "judge": {"chains.judge.model": "gpt-5"}}
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        _check_ledger(ledger, before, settings())
-        _check_ledger(ledger, now, settings())  # nothing was paid for yet
-        _check_ledger(ledger, before, settings())
+        check_ledger(ledger, before, settings())
+        check_ledger(ledger, now, settings())  # nothing was paid for yet
+        check_ledger(ledger, before, settings())
         ledger.record("k", "judge", "gpt-4o", {}, HELLO)
         ledger.commit()
         with pytest.raises(
             StageError,
             match=r"its 1 judge replies were paid for with chains.judge.model=gpt-4o, this run has gpt-5",
         ):
-            _check_ledger(ledger, now, settings())
-        _check_ledger(ledger, before, settings())
-        _check_ledger(ledger, now, settings("chains.extend_ledger=true"))
+            check_ledger(ledger, now, settings())
+        check_ledger(ledger, before, settings())
+        check_ledger(ledger, now, settings("chains.extend_ledger=true"))
         assert json.loads(ledger.note("paid_for") or "")["judge"] == now["judge"]
