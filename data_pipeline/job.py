@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from data_pipeline.batch import BatchAddress, Batches
 from data_pipeline.cost import spent_dollars
 from data_pipeline.endpoint import Endpoint
 from data_pipeline.eta import FOR_PAIRS, TAGGING, outlook
@@ -17,6 +16,7 @@ from data_pipeline.funnel import Funnel
 from data_pipeline.ledger import Ledger
 from data_pipeline.preferences import Candidate
 from data_pipeline.progress import Gauges, Progress
+from data_pipeline.provider_batches import BatchAddress, Batches
 from data_pipeline.settings import ROLES, ChainSettings, ModelSettings, in_this_job
 from data_pipeline.store import Label, Store
 from data_pipeline.wordings import Prompts

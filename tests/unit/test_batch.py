@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from data_pipeline.batch import BatchAddress, Batches, Progress
 from data_pipeline.ledger import Ledger
+from data_pipeline.provider_batches import BatchAddress, Batches, Progress
 from data_pipeline.settings import BatchSettings, SimulatedFaults
 from data_pipeline.simulated_http import Server
 from tagpr.chat.asking import RequestRefusedError
