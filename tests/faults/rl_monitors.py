@@ -1,19 +1,26 @@
 """Seeded pathologies of an RL run: is each caught by the right monitor, how soon, and does a healthy run stay silent?
 
     python tests/faults/rl_monitors.py                        simulated policy, seconds: every pathology over some seeds
+    python tests/faults/rl_monitors.py --learned --outputs FOLDER --work FOLDER    a trained policy learns each, minutes a run
     python tests/faults/rl_monitors.py judge RUN [RUN ...]    monitors over metrics.jsonl of finished runs, for false alarms
 
 The last line is one JSON object of figures. The simulated policy has no model: it is a choice among styles of writing that
 learns from the reward by group-standardised advantages, as GSPO's would. What it writes are real texts, which go through
-the real reward, metrics and monitors (torch-free). Real runs of the embedded default with the same seeded rewards:
+the real reward, metrics and monitors (torch-free).
 
-    TAGPR_SEEDED_FAULT=escape bash recipes/guided_rl.sh run.name=escape objective.gamma=0 monitors.format_escape.action=stop \\
-        reward.reward_manager.module.path=$PWD/tests/faults/seeded_rewards.py
+``--learned`` is guided RL itself (``python -m tagpr.rl``, eq. 5 without PRMU) from the SFT model that a quickstart left in
+``--outputs``, paid by ``seeded_rewards.py``; each run ends where its monitor stops it (status 3), and a healthy one of the same
+settings goes through to its last step. ``--set`` adds overrides, ``--only`` chooses among the runs.
 """
 
+import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +30,7 @@ import numpy as np
 
 from tagpr.configuration import compose, resolve
 from tagpr.rewards.composite import RewardWeights, score_response
-from tagpr.rl.monitors import Alert, Watch, build
+from tagpr.rl.monitors import Alert, Watch, build, read_alerts
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.response_shape import response_shape
 from tagpr.rl.reward_metrics import reward_metrics
@@ -200,6 +207,60 @@ def judge(runs: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
+# What a policy is paid for (seeded_rewards.py), and whose fault that is to be.
+LEARNED = {"stuffing": "tag_stuffing", "length": "length_drift", "escape": "format_escape", "healthy": ""}
+# A larger learning rate and some more variety than the defaults: faults that take a real run hundreds of steps are learned in tens.
+LEARNED_SETTINGS = (
+    "data.train_batch_size=16", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.optim.lr=5e-4",
+    "actor_rollout_ref.rollout.temperature=1.2", "objective.gamma=0", "trainer.val_before_train=false", "trainer.test_freq=-1",
+    "trainer.save_freq=1000",
+)  # fmt: skip
+
+
+def learned(name: str, outputs: Path, work: Path, steps: int, more: Sequence[str]) -> dict[str, Any]:
+    """One real run; when its monitor spoke, what others said before, and its exit status."""
+    expected, run_dir = LEARNED[name], work / name
+    if run_dir.exists():
+        raise SystemExit(f"{run_dir}: is there already. Give --work another folder.")
+    command = [
+        sys.executable, "-m", "tagpr.rl", "guided_rl", f"run.outputs={work}", f"run.name={name}",
+        f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"trainer.total_training_steps={steps}",
+        *LEARNED_SETTINGS, *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if expected:
+        environment["TAGPR_SEEDED_FAULT"] = name
+        command += [
+            f"monitors.{expected}.action=stop",
+            f"reward.reward_manager.module.path={Path(__file__).resolve().with_name('seeded_rewards.py')}",
+        ]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
+    try:
+        status = process.wait(timeout=900)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+    alerts = read_alerts(run_dir / "alerts.jsonl")
+    entries = [json.loads(line) for line in complete_lines(run_dir / "metrics.jsonl")]
+    its = [alert for alert in alerts if alert.monitor == expected]
+    ends = [entries[0]["data"], entries[-1]["data"]]
+    return {
+        "monitor": expected, "step": its[0].step if its else None, "reason": its[0].reason if its else "",
+        "others": [[alert.step, alert.monitor, alert.reason] for alert in alerts if alert.monitor != expected],
+        "steps": len(entries), "status": status, "seconds": round(time.monotonic() - began),
+        **{key: [round(end[name], 3) for end in ends] for key, name in SHOWN.items()},
+    }  # fmt: skip
+
+
+# First and last step of a learned run.
+SHOWN = {
+    "reward": "reward/total/mean", "verifiable": "reward/verifiable/mean", "segments": "tags/segments/mean",
+    "reasoning_tokens": "length/reasoning/mean", "broken_format": "failure/format/share", "profile_use": "profile/use",
+}  # fmt: skip
+
+
 def main(seeds: int = 5, steps: int = 40) -> None:
     figures: dict[str, Any] = {}
     for name, (pay, expected) in {**PATHOLOGIES, "healthy": (eq5, "")}.items():
@@ -223,5 +284,21 @@ def main(seeds: int = 5, steps: int = 40) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["judge"]:
         print(json.dumps(judge([Path(each) for each in sys.argv[2:]])))
+    elif "--learned" in sys.argv:
+        parser = argparse.ArgumentParser(description="See the head of this file.")
+        parser.add_argument("--learned", action="store_true")
+        parser.add_argument("--outputs", required=True, type=Path, help="folder of a quickstart's outputs")
+        parser.add_argument(
+            "--work", required=True, type=Path, help="where the runs' folders are made, and stay"
+        )
+        parser.add_argument("--steps", type=int, default=30, help="of a run that nothing stops")
+        parser.add_argument("--only", nargs="*", default=list(LEARNED), choices=list(LEARNED))
+        parser.add_argument("--set", nargs="*", default=[], help="overrides of all runs")
+        given = parser.parse_args()
+        # What was started is ended with this, too.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        outputs, work = given.outputs.resolve(), given.work.resolve()
+        found = {name: learned(name, outputs, work, given.steps, given.set) for name in given.only}
+        print(json.dumps({**found, "settings": [*LEARNED_SETTINGS, *given.set]}))
     else:
         main()
