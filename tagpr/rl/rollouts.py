@@ -26,7 +26,8 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, agent_loop_tq
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient, LLMServerManager
 
-from tagpr.rl.side_by_side import take_rollout_worker
+from tagpr.rl.in_flight import GENERATED, SCORED, InFlight
+from tagpr.rl.side_by_side import WATCH, take_rollout_worker
 
 # vLLM: no text (the reward manager decodes the tokens itself), no output before the last.
 QUIET = {"detokenize": False, "stream_interval": 2**30}
@@ -162,6 +163,7 @@ class RolloutWorker(_Worker):
         if self.reward_loop_worker_handles == []:
             self.reward_loop_worker_handles = [in_place(RewardLoopWorker(self.config).compute_score)]
         self._single_turn: SingleTurnAgentLoop | None = None
+        self._in_flight = InFlight()
         self._quiet = QUIET if self.config.actor_rollout_ref.rollout.name == "vllm" else {}
 
     async def _run_agent_loop(
@@ -175,9 +177,10 @@ class RolloutWorker(_Worker):
     ) -> Any:
         sampling_params = {**sampling_params, **self._quiet}
         if agent_name != "single_turn_agent" or trace:
-            return await super()._run_agent_loop(
-                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
-            )
+            with self._in_flight.being(GENERATED):
+                return await super()._run_agent_loop(
+                    sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+                )
         if self._single_turn is None:
             self._single_turn = SingleTurnAgentLoop(
                 trainer_config=DictConfigWrap(config=self.config),
@@ -188,8 +191,17 @@ class RolloutWorker(_Worker):
                 data_config=DictConfigWrap(self.config.data),
                 hf_model_type=self.hf_model_type,
             )
-        output = await self._single_turn.run(sampling_params, **kwargs)
+        with self._in_flight.being(GENERATED):
+            output = await self._single_turn.run(sampling_params, **kwargs)
         return await self._agent_loop_postprocess(output, trajectory["validate"], **kwargs)
+
+    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
+        with self._in_flight.being(SCORED):
+            await super()._compute_score(outputs, kwargs=kwargs)
+
+    async def in_flight(self) -> dict[str, tuple[int, float]]:
+        """For the watchdog, in its concurrency group (``WATCH``): see :meth:`InFlight.state`."""
+        return self._in_flight.state()
 
 
 class RolloutManager(AgentLoopManagerTQ):
@@ -197,7 +209,7 @@ class RolloutManager(AgentLoopManagerTQ):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(RolloutWorker)
+        self.agent_loop_workers_class = ray.remote(concurrency_groups=WATCH)(RolloutWorker)
 
     async def _init_agent_loop_workers(self) -> None:
         ready = take_rollout_worker() if self.rollout_config.agent.num_workers == 1 else None

@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 _rollout_worker: Any = None
+# Of a rollout worker: a thread with an event loop of its own, which answers the watchdog while the other one is blocked.
+WATCH = {"watch": 1}
 
 
 class EarlyRolloutWorker:
@@ -33,6 +35,10 @@ class EarlyRolloutWorker:
         """Begin to answer a batch of prompts; the answers go to TransferQueue."""
         await self._worker.generate_sequences(batch)
 
+    async def in_flight(self) -> Any:
+        """As of :class:`tagpr.rl.rollouts.RolloutWorker`."""
+        return await self._worker.in_flight() if self._worker is not None else {}
+
 
 @contextmanager
 def prepared(config: DictConfig) -> Iterator[None]:
@@ -40,7 +46,7 @@ def prepared(config: DictConfig) -> Iterator[None]:
     global _rollout_worker
     import ray
 
-    _rollout_worker = ray.remote(EarlyRolloutWorker).remote()
+    _rollout_worker = ray.remote(concurrency_groups=WATCH)(EarlyRolloutWorker).remote()
     # Imported here and not by the thread: two threads that import torch may each wait for the other.
     import transfer_queue as tq
 

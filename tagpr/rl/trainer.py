@@ -25,13 +25,14 @@ from tagpr.errors import ConfigError
 from tagpr.rewards.weights import NAMES, read_weights
 from tagpr.rl.advantage import combine_normalised
 from tagpr.rl.gauges import show
+from tagpr.rl.losses import losses_named
 from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.rl.rollouts import RolloutManager, RolloutServers
 from tagpr.rl.saving import disk_full_is_named
 from tagpr.rl.trackers import after_tracking, before_tracking
-from tagpr.rl.watchdog import unanswering, watchdog_of
+from tagpr.rl.watchdog import rollouts_say, unanswering, watchdog_of
 from tagpr.runs import MetricsLog, write_text_atomically
 
 logger = logging.getLogger(__name__)
@@ -113,18 +114,18 @@ class TagPRTrainer(PPOTrainerSync):
             return super()._update_actor(batch, metrics)
 
     def _waits_for(self) -> str:
-        """What a stuck rollout lacks, and whether it is the reward's fault."""
+        """What a stuck rollout lacks, and whose fault it is: the rollout engine's, or the reward's."""
         buffer = self.replay_buffer
         pending, running, finished = (
             sum(len(keys) for keys in list(each.values()))
             for each in (buffer.pending_keys, buffer.running_keys, buffer.finished_keys)
         )
         rewards = {f"reward worker {n}": actor for n, actor in enumerate(self.get_reward_handles() or [])}
-        silent = unanswering(rewards)
-        return (
-            f"waiting for {pending + running} groups of {pending + running + finished}, "
-            + (f"and of the reward {', '.join(silent)}" if silent else "the reward workers answer")
-        )  # fmt: skip
+        rollouts = {
+            f"rollout worker {n}": a for n, a in enumerate(self.agent_loop_manager.agent_loop_workers)
+        }
+        lines = [f"waiting for {pending + running} groups of {pending + running + finished}"]
+        return "; ".join([*lines, *rollouts_say(rollouts), *unanswering(rewards)])
 
     def _validate(self) -> dict[str, float]:
         with self.watchdog.phase("validation", self._waits_for):
@@ -302,7 +303,7 @@ def train(config: DictConfig) -> Alert | None:
     config.transfer_queue.enable = True
     trainer = None
     succeeded = False
-    with watchdog_of(config).running() as watchdog:
+    with watchdog_of(config).running() as watchdog, losses_named():
         try:
             tq.init(config.transfer_queue)
             trainer = trainer_class(config.trainer.v1.trainer_mode)(config)

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tagpr.errors import ConfigError, RunFault
+from tagpr.rl.in_flight import verdict
 from tagpr.rl.stacks import dump_here
 
 logger = logging.getLogger(__name__)
@@ -208,3 +209,25 @@ def unanswering(actors: Mapping[str, Any], deadline_s: float = 5.0) -> list[str]
         except ray.exceptions.RayError:
             silent.append(f"{calls[each]} is dead")
     return sorted(silent)
+
+
+def rollouts_say(workers: Mapping[str, Any], deadline_s: float = 5.0) -> list[str]:
+    """``<name> waits for the reward (...)`` or whatever else is true, for each of the rollout workers."""
+    import ray
+
+    # Ray answers ``__ray_ready__`` past a blocked event loop; a method of the worker's own waits for it.
+    plain = {worker.in_flight.remote(): name for name, worker in workers.items()}
+    _, late = ray.wait(list(plain), num_returns=len(plain), timeout=deadline_s) if plain else ([], [])
+    blocked = {plain[each] for each in late}
+    calls = {
+        name: worker.in_flight.options(concurrency_group="watch").remote() for name, worker in workers.items()
+    }
+    lines = []
+    for name, call in calls.items():
+        try:
+            lines.append(f"{name} {verdict(ray.get(call, timeout=deadline_s), name not in blocked)}")
+        except ray.exceptions.GetTimeoutError:
+            lines.append(f"{name} hangs")  # stopped, or its interpreter is held
+        except ray.exceptions.RayError:
+            lines.append(f"{name} is dead")
+    return lines
