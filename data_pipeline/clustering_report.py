@@ -2,10 +2,9 @@
 
 import html
 import math
-from importlib import resources
-from string import Template
 
 from data_pipeline.clustering import Cluster, Clustering, ProposedTag
+from tagpr.page.document import document, filled, read_part
 from tagpr.page.figures import Series, line_chart
 
 WIDTH, HEIGHT, SIDE, MARGIN = 640, 420, 70, 34
@@ -19,10 +18,11 @@ SYNTHETIC = "SIMULATED: these tags come from a simulated tagger on synthetic cha
 
 def render(clustering: Clustering, chains: int, synthetic: bool) -> str:
     """The page. All text of models is escaped."""
-    template = Template(resources.files(__package__).joinpath("clusters.html").read_text(encoding="utf-8"))
     proposals = sum(tag.count for tag in clustering.tags)
     k = len(clustering.clusters)
-    return template.substitute(
+    body = filled(
+        __package__,
+        "clusters.html",
         subtitle=html.escape(
             f"{chains:,} chains, {proposals:,} tagged segments, {len(clustering.tags):,} distinct tags; K-means, K = {k}, "
             f"silhouette {clustering.silhouette:.3f}, seed {clustering.seed}; embedder: {clustering.embedder}"
@@ -46,6 +46,7 @@ def render(clustering: Clustering, chains: int, synthetic: bool) -> str:
         ),
         members="".join(_members(number, cluster) for number, cluster in enumerate(clustering.clusters)),
     )
+    return document("Clusters of proposed tags", body, style=read_part(__package__, "clusters.css"))
 
 
 def _hue(number: int) -> str:

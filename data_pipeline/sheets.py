@@ -3,7 +3,6 @@
 Everything shown was written by users or models: it is escaped, and characters that would not be seen are made visible.
 """
 
-import base64
 import csv
 import hashlib
 import html
@@ -13,12 +12,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from string import Template
 
 from data_pipeline.finished import Finished
 from data_pipeline.verdicts import COLUMNS, guarded
 from tagpr.benchmarks.tasks import get_task
+from tagpr.page.document import document, filled, read_part
 from tagpr.page.parts import tag_hues
 from tagpr.schema import Example, ProfileItem
 from tagpr.tags import neutralise, parse_segments, split_response, vocabulary
@@ -74,23 +72,24 @@ def sample_hash(cards: Sequence[Card]) -> str:
 
 def html_sheet(cards: Sequence[Card], title: str, simulated: bool) -> str:
     """One page that needs nothing else: no network, and no script but its own (content security policy)."""
-    files = resources.files(__package__)
-    script = files.joinpath("review.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     legend = "".join(
         f'<span><span class="pill t{number}">{tag}</span> {html.escape(definition)}</span>'
         for number, (tag, definition) in enumerate(vocabulary().items())
     )
-    return Template(files.joinpath("review.html").read_text(encoding="utf-8")).substitute(
+    body = filled(
+        __package__,
+        "review.html",
         title=html.escape(title),
         banner=f'<p class="banner">{SIMULATED}</p>' if simulated else "",
-        script_hash=f"sha256-{digest}",
-        script=script,
-        sample=sample_hash(cards),
-        number=len(cards),
-        hues=tag_hues(len(vocabulary())),
         legend=legend,
         cards="\n".join(_card(number, card) for number, card in enumerate(cards, start=1)),
+    )
+    return document(
+        title,
+        body,
+        style=read_part(__package__, "review.css") + tag_hues(len(vocabulary())),
+        script=read_part(__package__, "review.js"),
+        data={"sample": sample_hash(cards), "chains": len(cards)},
     )
 
 

@@ -3,20 +3,20 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from tagpr.benchmarks.tasks import get_task
 from tagpr.evaluation.rows import Row
 from tagpr.evaluation.score import Summary, SweepPoint
 from tagpr.evaluation.tables import MEASURE_NAMES, METRIC_NAMES, SYNTHETIC, Table, tables
+from tagpr.page.document import document, filled
 from tagpr.page.figures import Series, interval_chart
 from tagpr.page.parts import (
     COLOURS,
     Curves,
     escaped,
     figure,
+    legend,
     marked,
     read_metrics,
     reasoning_blocks,
@@ -24,7 +24,6 @@ from tagpr.page.parts import (
     thin,
 )  # fmt: skip
 from tagpr.schema import RewardBreakdown
-from tagpr.vocabulary import vocabulary
 
 REWARDS = {
     "reward/total/mean": "reward (of its stage)",
@@ -76,10 +75,12 @@ def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path])
         cases: what to show side by side.
         metrics: stage (sft, prmu, guided, exploratory) -> its metrics.jsonl, which may be missing.
     """
-    template = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    title = f"TagPR on {summary.benchmark}"
     banner = f'<p class="banner">{html.escape(SYNTHETIC)}</p>' if summary.synthetic else ""
-    return template.substitute(
-        title=html.escape(f"TagPR on {summary.benchmark}"),
+    body = filled(
+        __package__,
+        "report.html",
+        title=html.escape(title),
         subtitle=html.escape(f"{summary.split} split, {summary.rows_selected:,} rows"),
         banner=banner,
         tables="".join(map(_table, tables(summary))),
@@ -87,11 +88,9 @@ def render(summary: Summary, cases: Sequence[Case], metrics: Mapping[str, Path])
         rewards=_reward_curves(metrics),
         losses=_loss_curves(metrics),
         cases="".join(map(_case, cases)) or "<p>No rows to show.</p>",
-        legend=" ".join(
-            f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary())
-        ),
-        style=style_sheet(),
+        legend=legend(),
     )
+    return document(title, body, style=style_sheet())
 
 
 def _sweep_charts(summary: Summary) -> str:

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 
 from tagpr.errors import DataError
+from tagpr.page.document import read_part
 from tagpr.page.figures import Series, line_chart
 from tagpr.tags import parse_segments
 from tagpr.vocabulary import vocabulary
@@ -101,8 +101,12 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def style_sheet() -> str:
     """The style sheet of our pages, with the colours of the tags in use."""
-    shared = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
-    return f"{shared}{tag_hues(len(vocabulary()))}"
+    return read_part(__package__, "style.css") + tag_hues(len(vocabulary()))
+
+
+def legend() -> str:
+    """The tags in use, each in its colour."""
+    return " ".join(f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary()))
 
 
 def reasoning_blocks(reasoning: str) -> str:

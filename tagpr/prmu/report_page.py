@@ -4,6 +4,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tagpr.page.document import document
 from tagpr.page.figures import Series, interval_chart
 from tagpr.page.parts import style_sheet
 
@@ -36,14 +37,12 @@ def render(made: Mapping[str, Any], lines: Sequence[str], synthetic: bool) -> st
         if charts
     )
     banner = f'<p class="banner">{note}</p>' if note else ""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>PRMU and its users</title><style>{style_sheet()}</style></head><body><main>"
-        f"<h1>{html.escape(verdict)}</h1>"
+    return document(
+        "PRMU and its users",
+        f"<main><h1>{html.escape(verdict)}</h1>"
         f'<p class="note">Accuracy with 95 % intervals over users (and seeds); PRMU {html.escape(made["version"])}</p>'
-        f"{banner}{body}<section><h2>Tables</h2>{_tables(rest)}</section></main></body></html>\n"
+        f"{banner}{body}<section><h2>Tables</h2>{_tables(rest)}</section></main>",
+        style=style_sheet(),
     )
 
 

@@ -10,9 +10,7 @@ import logging
 import os
 import random
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 import tagpr.config
 from tagpr.configuration import compose, flat, main, resolve
 from tagpr.errors import StageError
+from tagpr.page.document import document, filled, read_part
 from tagpr.page.figures import Series
 from tagpr.page.parts import (
     COLOURS,
     Curves,
     escaped,
     figure,
+    legend,
     marked,
     read_metrics,
     reasoning_blocks,
@@ -37,7 +37,6 @@ from tagpr.rl.monitors import Alert, read_alerts
 from tagpr.rl.reward_metrics import NAMES, documented
 from tagpr.runs import complete_lines, write_text_atomically
 from tagpr.tags import split_response
-from tagpr.vocabulary import vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -88,22 +87,22 @@ def render(run_dir: Path) -> str:
     curves = read_metrics(run_dir / "metrics.jsonl")
     config = _config(run_dir)
     synthetic = bool(OmegaConf.select(config, "benchmark.synthetic"))
-    template = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+    title = f"RL run {run_dir.name}"
     sections = "".join(_section(title, charts, curves) for title, charts in LAYOUT.items())
-    return template.substitute(
-        title=html.escape(f"RL run {run_dir.name}"),
-        style=style_sheet(),
+    body = filled(
+        __package__,
+        "report.html",
+        title=html.escape(title),
         subtitle=html.escape(_state(run_dir, config, curves)),
         banner=f'<p class="banner">{SYNTHETIC}</p>' if synthetic else "",
         alerts=_alerts(read_alerts(run_dir / "alerts.jsonl"), curves),
         summary=_summary(curves),
         sections=sections or "<p class='gap'>metrics.jsonl holds no figures yet.</p>",
-        legend=" ".join(
-            f'<span class="pill t{number}">{tag}</span>' for number, tag in enumerate(vocabulary())
-        ),
+        legend=legend(),
         rollouts=_rollouts(run_dir / "rollouts"),
         configuration=_configuration(config),
     )
+    return document(title, body, style=f"{style_sheet()}\n{read_part(__package__, 'report.css')}")
 
 
 def _config(run_dir: Path) -> DictConfig:
