@@ -94,27 +94,20 @@ def check_unchanged(config: DictConfig, inputs: Mapping[str, str], resumed: int)
         inputs: SHA-256 of what the run reads, as its manifest has them.
 
     Raises:
-        ConfigError: one line that names the first difference; the others are logged.
+        ConfigError: one line that names the first difference, while the others are logged; or the record that is missing.
     """
     run_dir = Path(config.run.dir)
     if resumed == 0 or config.run.accept_changes:
         return
     file = run_dir / "config.yaml"
-    found: list[tuple[str, Any, Any]] = []
-    if file.exists():
-        try:
-            before = OmegaConf.load(file)
-            if not isinstance(before, DictConfig):
-                raise ValueError("it is no mapping")
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(
-                f"{file}: cannot be read ({str(error).splitlines()[0]}). It records what the checkpoints were "
-                "trained with: restore it, or set run.accept_changes=true."
-            ) from error
-        now = OmegaConf.create(OmegaConf.to_yaml(config))
-        found = changes(*(OmegaConf.to_container(each, resolve=False) for each in (before, now)))
-    else:
-        logger.warning("%s: is gone, so that nothing says whether settings have changed", file)
+    try:
+        before = OmegaConf.load(file)
+        if not isinstance(before, DictConfig):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise _no_record(file, error) from error
+    now = OmegaConf.create(OmegaConf.to_yaml(config))
+    found = changes(*(OmegaConf.to_container(each, resolve=False) for each in (before, now)))
     found += [(f"{name} (content)", old[:12], new[:12]) for name, old, new in _other_inputs(run_dir, inputs)]
     if found:
         for key, old, new in found[1:]:
@@ -128,11 +121,27 @@ def check_unchanged(config: DictConfig, inputs: Mapping[str, str], resumed: int)
 
 
 def _other_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    try:
-        before = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["inputs"]
-    except (OSError, ValueError, KeyError):
+    if not inputs:
         return []
-    return [(name, before[name], now) for name, now in inputs.items() if before.get(name, now) != now]
+    file = run_dir / "manifest.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["inputs"]
+        return [(name, before[name], now) for name, now in inputs.items() if before.get(name, now) != now]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_record(file, error) from error
+
+
+def _no_record(file: Path, error: Exception) -> ConfigError:
+    """Written before the first step and replaced as a whole: where it is not there, somebody took it away."""
+    reason = (
+        "is gone"
+        if isinstance(error, FileNotFoundError)
+        else f"cannot be read ({str(error).splitlines()[0]})"
+    )
+    return ConfigError(
+        f"{file}: {reason}. It records what the checkpoints were trained with: restore it, or set run.accept_changes=true "
+        "to go on unchecked."
+    )
 
 
 def resume(config: DictConfig) -> int:

@@ -1,7 +1,7 @@
 """RL on a cluster of two nodes and a reward server, all on this machine, while they are killed: the supervised run ends anyway.
 
     python tests/faults/rl_cluster.py WORK --outputs OUTPUTS                      # undisturbed, then each kind of kill once
-    python tests/faults/rl_cluster.py WORK --outputs OUTPUTS --random 20 --minutes 30
+    python tests/faults/rl_cluster.py WORK --outputs OUTPUTS --random 20 --steps 50 --plain 2 --minutes 60
 
 Two raylets with addresses, ports and folders of their own (head 127.0.0.2, worker 127.0.0.3) started by
 recipes/cluster/ray_node.sh with a token; FSDP over both (world size 2), a vLLM replica on each; PRMU beside them. The stage is
@@ -9,10 +9,15 @@ submitted as a Ray job with launch.restarts. A keeper starts a killed node again
 system would; nobody else intervenes. OUTPUTS holds what the stages before have made (data, sft, prmu).
 
 Kinds of kill, all by ``kill -9`` of a process and its descendants: worker, reward, driver, head; ``hang``: a rollout worker is
-stopped (SIGSTOP), so that nothing dies and the watchdog has to act. The last line of stdout is a JSON object.
+stopped (SIGSTOP), so that nothing dies and the watchdog has to act. A random kill comes some seconds after a new checkpoint, or,
+every third time, at any moment after the kill before, mostly while the run is still being started again.
+
+The undisturbed runs (``--plain``, one seed each) are what the killed one's metrics are compared with: means over the last half of
+the steps, and how far the seeds are apart. The last line of stdout is a JSON object.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -25,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +200,21 @@ class Cluster:
 class Run:
     """One supervised run, submitted as a job."""
 
-    def __init__(self, cluster: Cluster, name: str, steps: int, extra: list[str]) -> None:
+    def __init__(self, cluster: Cluster, name: str, steps: int, seed: int = 0, restarts: int = 8) -> None:
         self.folder = cluster.work / "outputs" / name
         outputs = cluster.outputs
         self.log = cluster.work / f"{name}.log"
         overrides = [
-            f"launch.submit={cluster.dashboard}", "launch.restarts=8", "launch.first_pause_s=1", "launch.longest_pause_s=10",
-            "launch.patience_s=240", "launch.preflight=false", f"run.outputs={cluster.work}/outputs", f"run.name={name}",
+            f"launch.submit={cluster.dashboard}", f"launch.restarts={restarts}", "launch.first_pause_s=1",
+            "launch.longest_pause_s=10", "launch.patience_s=240", "launch.preflight=false",
+            f"run.outputs={cluster.work}/outputs", f"run.name={name}", f"run.seed={seed}",
             f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"paths.prmu={outputs}/prmu/model",
             f"paths.base={outputs}/base/model", f"paths.chains={outputs}/chains",
             "trainer.nnodes=2", "trainer.n_gpus_per_node=1", f"trainer.total_training_steps={steps}", "trainer.save_freq=1",
             "trainer.test_freq=-1", "trainer.val_before_train=false", "data.train_batch_size=8", "benchmark.tasks=[lamp3]",
             "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.rollout.max_num_seqs=32",
             f"prmu_client.url={cluster.reward_url}", f"prmu_client.token_file={cluster.work}/prmu.token",
-            "prmu_client.deadline_s=90", "watchdog.floor_s=40", "watchdog.start_s=300", *extra,
+            "watchdog.floor_s=180", "watchdog.start_s=400",
         ]  # fmt: skip
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -257,32 +264,65 @@ class Run:
                 kill_tree(self.process.pid)
 
 
-def kills(
-    cluster: Cluster, run: Run, kinds: list[str], pauses: list[float], steps: int, until: float
-) -> list[dict[str, Any]]:
-    """Strike, wait for the next complete checkpoint, strike again; what each has cost."""
-    done = []
-    for kind, pause in zip(kinds, pauses, strict=True):
-        if not run.wait_for_step(run.saved() + 1, until):
+@dataclass(frozen=True)
+class Kill:
+    """``patient``: ``pause_s`` after the next complete checkpoint; else after the kill before, whatever the run does then."""
+
+    kind: str
+    pause_s: float
+    patient: bool = True
+
+
+def random_kills(rng: random.Random, number: int) -> list[Kill]:
+    kinds = rng.choices(["worker", "reward", "driver", "head"], k=number)
+    return [
+        Kill(kind, rng.uniform(5, 60), False) if n % 3 == 2 else Kill(kind, rng.uniform(0, 6))
+        for n, kind in enumerate(kinds)
+    ]
+
+
+def kills(cluster: Cluster, run: Run, wanted: list[Kill], steps: int, until: float) -> list[dict[str, Any]]:
+    """Strike; what each kill has cost, up to the next complete checkpoint or the next kill."""
+    done: list[dict[str, Any]] = []
+    for n, kill in enumerate(wanted):
+        if kill.patient and not run.wait_for_step(run.saved() + 1, until):
             break
-        time.sleep(pause)
-        if run.process.poll() is not None or time.monotonic() > until or run.saved() >= steps - 1:
+        time.sleep(kill.pause_s)
+        while not (
+            over := run.process.poll() is not None or time.monotonic() > until or run.saved() >= steps - 1
+        ):
+            if cluster.strike(kill.kind):
+                break
+            time.sleep(1.0)  # it is not there at this moment
+        if over:
             break
-        saved, starts = run.saved(), len(run.history())
-        if not cluster.strike(kind):
-            say(f"{kind}: nothing to kill at this moment")
-            continue
-        struck = time.monotonic()
-        say(f"killed: {kind} (newest complete checkpoint: step {saved})")
-        came_back = run.wait_for_step(saved + 1, until)
-        cost = time.monotonic() - struck
-        record = {"kind": kind, "at_step": saved, "seconds_to_next_checkpoint": round(cost, 1), "came_back": came_back,
-                  "restarts": len(run.history()) - starts, "saved_after": run.saved()}  # fmt: skip
-        say(json.dumps(record))
+        struck, saved, starts = time.monotonic(), run.saved(), len(run.history())
+        say(f"{n + 1}. killed: {kill.kind} (newest complete checkpoint: step {saved})")
+        record = {"kind": kill.kind, "at_step": saved}
         done.append(record)
-        if not came_back:
+        if n + 1 < len(wanted) and not wanted[n + 1].patient:
+            record["seconds"] = None
+            continue
+        # The step that is under way may have its rewards already.
+        record["came_back"] = run.wait_for_step(saved + (2 if kill.kind == "reward" else 1), until)
+        record["seconds"] = round(time.monotonic() - struck, 1)
+        record["restarts"] = len(run.history()) - starts
+        record["saved_after"] = run.saved()
+        say(json.dumps(record))
+        if not record["came_back"]:
             break
     return done
+
+
+def lost_steps(history: list[dict[str, Any]]) -> dict[str, int]:
+    """Between two attempts: finished steps that had to be done again (at most), and checkpoints that were there no more."""
+    pairs = list(itertools.pairwise(history))
+    return {
+        "most_steps_again": max(
+            (before["reached_step"] - before["saved_step"] for before, _ in pairs), default=0
+        ),
+        "lost_checkpoints": sum(after["from_step"] < before["saved_step"] for before, after in pairs),
+    }
 
 
 def figures(run: Run) -> dict[str, float]:
@@ -303,6 +343,45 @@ def figures(run: Run) -> dict[str, float]:
     }
 
 
+def undisturbed(cluster: Cluster, seed: int, steps: int, until: float) -> dict[str, Any]:
+    """One run that nobody touches."""
+    began = time.monotonic()
+    run = Run(cluster, f"plain{seed}", steps, seed=seed)
+    try:
+        run.process.wait(max(1.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        say("the time is up: ending the run")
+    finally:
+        run.end()
+    found = {"seed": seed, "status": run.process.returncode, "seconds": round(time.monotonic() - began, 1),
+             "steps": len(run.steps()), "metrics": figures(run)}  # fmt: skip
+    say(json.dumps(found))
+    return found
+
+
+def struck(cluster: Cluster, name: str, wanted: list[Kill], steps: int, until: float) -> dict[str, Any]:
+    """One run that is killed again and again."""
+    began = time.monotonic()
+    run = Run(cluster, name, steps, restarts=max(8, len(wanted)))
+    done: list[dict[str, Any]] = []
+    try:
+        done = kills(cluster, run, wanted, steps, until)
+        try:
+            run.process.wait(max(1.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            say("the time is up: ending the run")
+    finally:
+        run.end()
+    reached = sorted(run.steps())
+    found = {
+        "kills": done, "killed": len(done), "status": run.process.returncode, "seconds": round(time.monotonic() - began, 1),
+        "steps": len(reached), "gapless": reached == list(range(1, len(reached) + 1)), "attempts": len(run.history()),
+        **lost_steps(run.history()), "metrics": figures(run), "starts": dict(cluster.starts),
+    }  # fmt: skip
+    say(json.dumps({key: value for key, value in found.items() if key != "kills"}))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -317,54 +396,30 @@ def main() -> int:
         "--random", type=int, default=0, help="this many kills of random kinds at random moments"
     )
     parser.add_argument(
-        "--plain", action=argparse.BooleanOptionalAction, default=True, help="an undisturbed run first"
+        "--plain", type=int, default=1, help="undisturbed runs, of as many seeds, after the killed one"
     )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--name", default=None, help="goes on with a run of an earlier call")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds")
     options = parser.parse_args()
     work, outputs = options.work.resolve(), options.outputs.resolve()
     until = time.monotonic() + options.minutes * 60
-    rng = random.Random(options.seed)
     report: dict[str, Any] = {}
+    if options.random:
+        wanted = random_kills(random.Random(options.seed), options.random)
+    else:
+        wanted = [Kill(kind, 2.0) for kind in options.kill.split(",") if kind]
     with Cluster(work, outputs).up() as cluster:
-        if options.plain:
-            began = time.monotonic()
-            plain = Run(cluster, "plain", options.steps, [])
-            try:
-                plain.process.wait(max(1.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                plain.end()
-            report["plain"] = {"status": plain.process.returncode, "seconds": round(time.monotonic() - began, 1),
-                               "steps": sorted(plain.steps()), "metrics": figures(plain)}  # fmt: skip
-            say(json.dumps(report["plain"]))
-        kinds = [kind for kind in options.kill.split(",") if kind]
-        pauses = [2.0] * len(kinds)
-        if options.random:
-            kinds = rng.choices(["worker", "reward", "driver", "head"], k=options.random)
-            pauses = [rng.uniform(0, 6) for _ in kinds]
-        if kinds:
-            run = Run(cluster, options.name or ("random" if options.random else "killed"), options.steps, [])
-            try:
-                report["kills"] = kills(cluster, run, kinds, pauses, options.steps, until)
-                try:
-                    run.process.wait(max(1.0, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    say("the time is up: ending the run")
-            finally:
-                run.end()
-            steps = sorted(run.steps())
-            report |= {
-                "status": run.process.returncode, "steps": steps, "gapless": steps == list(range(1, len(steps) + 1)),
-                "lost_checkpoints": sum(k["saved_after"] < k["at_step"] for k in report["kills"]),
-                "attempts": len(run.history()), "metrics": figures(run), "starts": cluster.starts,
-            }  # fmt: skip
+        if wanted:
+            name = options.name or ("random" if options.random else "killed")
+            report["killed"] = struck(cluster, name, wanted, options.steps, until)
+        report["plain"] = [undisturbed(cluster, seed, options.steps, until) for seed in range(options.plain)]
     print(json.dumps(report))
-    return (
-        0
-        if report.get("status", 0) in (0, 130) and all(kill["came_back"] for kill in report.get("kills", []))
-        else 1
+    ended_well = all(
+        each["status"] == 0 for each in [*report["plain"], *([report["killed"]] if wanted else [])]
     )
+    whole = not wanted or (report["killed"]["gapless"] and report["killed"]["killed"] == len(wanted))
+    return 0 if ended_well and whole else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -229,10 +230,26 @@ def test_a_key_of_newer_sources_is_no_change(config: DictConfig, tmp_path: Path)
     check_unchanged(config, {}, resumed=8)
 
 
-def test_a_torn_record_of_the_settings_is_named(config: DictConfig, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("run: {dir: [")
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
-        check_unchanged(config, {}, resumed=8)
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json"])
+@pytest.mark.parametrize(
+    ("text", "wrong"), [(None, "is gone"), ("run: {dir: [", "cannot be read"), ("3", "cannot be read")]
+)
+def test_without_the_record_of_settings_and_data_it_does_not_go_on(
+    config: DictConfig, tmp_path: Path, name: str, text: str | None, wrong: str
+) -> None:
+    remember(config, tmp_path)
+    check_unchanged(config, {"train": "aaa"}, resumed=8)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(name)}: {wrong}.*restore it, or set run.accept_changes=true"
+    ):
+        check_unchanged(config, {"train": "aaa"}, resumed=8)
+    # A run that has no checkpoint yet has nothing to compare with; who accepts changes is not asked.
+    check_unchanged(config, {"train": "aaa"}, resumed=0)
+    config.run.accept_changes = True
+    check_unchanged(config, {"train": "aaa"}, resumed=8)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_good_one(checkpoints: Path) -> None:
