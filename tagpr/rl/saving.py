@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written: said in one line, its half removed, the ones before it untouched."""
+"""A disk that is full: said in one line; a checkpoint's half removed, the ones before it untouched."""
 
 import errno
 import shutil
@@ -10,6 +10,7 @@ from tagpr.checkpoints import half_written
 from tagpr.errors import RunFault
 
 # What torch, the operating system and Ray's copy of a worker's error say; torch does not always say why.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 WORDS = ("no space left", "errno 28", "disk quota", "file write failed", "unexpected pos")
 NEARLY_FULL_BYTES = 16 * 2**20
 
@@ -35,10 +36,28 @@ def disk_full_is_named(checkpoints: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def no_space_is_named(run_dir: Path) -> Iterator[None]:
+    """The same for what this process itself writes in the body: metrics, rollouts, curves.
+
+    Raises:
+        RunFault: the disk was full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RunFault(
+            f"{error.filename or run_dir}: no space on the disk ({shutil.disk_usage(run_dir).free / 2**20:.0f} MiB free). Make "
+            "room; the run goes on after the last complete checkpoint."
+        ) from error
+
+
 def _is_full(error: BaseException, folder: Path) -> bool:
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(seen, OSError) and seen.errno in FULL:
             return True
         if any(word in str(seen).lower() for word in WORDS):
             return True

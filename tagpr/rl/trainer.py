@@ -30,8 +30,8 @@ from tagpr.rl.monitors import Alert, Watch, build
 from tagpr.rl.profile_use import profile_use
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.rl.rollouts import RolloutManager, RolloutServers
-from tagpr.rl.saving import disk_full_is_named
-from tagpr.rl.trackers import after_tracking, before_tracking
+from tagpr.rl.saving import disk_full_is_named, no_space_is_named
+from tagpr.rl.trackers import after_tracking, before_tracking, flush
 from tagpr.rl.watchdog import rollouts_say, unanswering, watchdog_of
 from tagpr.runs import MetricsLog, write_text_atomically
 
@@ -252,9 +252,19 @@ class TagPRTrainer(PPOTrainerSync):
         self._metrics_log.log(data, step)
         if self._saved_step and step == self._saved_step:
             self._saved_step = 0
+            flush(self.logger.logger)
             mark_complete(Path(self.config.trainer.default_local_dir), step)
             retain(Path(self.config.trainer.default_local_dir), self._keep)
             logger.info("checkpoint of step %d saved", step)
+
+
+def _own_keys(batch: KVBatchMeta) -> list[str]:
+    """Keys of the responses, in order; padding rows left out."""
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+
+
+def _group_of(key: str) -> str:
+    return key.split("_")[0]
 
 
 def put_advantages(keys: list[str], partition: str, advantages: np.ndarray) -> None:
@@ -303,7 +313,7 @@ def train(config: DictConfig) -> Alert | None:
     config.transfer_queue.enable = True
     trainer = None
     succeeded = False
-    with watchdog_of(config).running() as watchdog, losses_named():
+    with no_space_is_named(Path(config.run.dir)), watchdog_of(config).running() as watchdog, losses_named():
         try:
             tq.init(config.transfer_queue)
             trainer = trainer_class(config.trainer.v1.trainer_mode)(config)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tagpr.checkpoints import damage, half_written, latest_complete, mark_complete, retain
 from tagpr.errors import ConfigError, RunFault, StageError
 from tagpr.rl.resume import check_unchanged, hold, resume
-from tagpr.rl.saving import disk_full_is_named
+from tagpr.rl.saving import disk_full_is_named, no_space_is_named
 from tagpr.rl.supervisor import ATTEMPT
 from tagpr.runs import MetricsLog, append_line, last_step
 
@@ -288,6 +288,21 @@ def test_torch_on_a_full_disk_is_understood(checkpoints: Path) -> None:
 
     with pytest.raises(RunFault), disk_full_is_named(checkpoints):
         save()
+
+
+def test_a_full_disk_under_the_metrics_is_one_line_too(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = tmp_path / "log"
+    log.symlink_to("/dev/full")
+    with (
+        pytest.raises(RunFault, match=r"no space on the disk \(\d+ MiB free\)") as seen,
+        no_space_is_named(tmp_path),
+    ):
+        log.write_text("step 8")
+    assert seen.value.status == 75
+    with pytest.raises(FileNotFoundError), no_space_is_named(tmp_path):
+        (tmp_path / "missing").read_text()
 
 
 def test_metrics_that_were_torn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

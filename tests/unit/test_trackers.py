@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tagpr.rl.trackers import after_tracking, before_tracking, new_id
+from tagpr.rl.trackers import after_tracking, before_tracking, flush, new_id
 
 VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME", "SWANLAB_RUN_ID", "SWANLAB_RESUME", "MLFLOW_RUN_ID")
 
@@ -92,3 +92,21 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [
         (0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
+
+
+def test_a_kill_after_a_checkpoint_takes_nothing_from_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from verl.utils.tracking import _TensorboardAdapter
+
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "tensorboard"))
+    adapter = _TensorboardAdapter("tagpr", "run")
+    adapter.log({"reward": 1.0}, 1)
+    flush({"tensorboard": adapter, "console": object()})
+    # Never finished, as after a kill.
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1]
+    adapter.finish()
+    flush({"console": object()})
