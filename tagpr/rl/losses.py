@@ -15,8 +15,6 @@ from tagpr.errors import RunFault
 
 logger = logging.getLogger(__name__)
 
-EVERY_S = 3.0
-
 
 @dataclass(frozen=True)
 class Node:
@@ -123,13 +121,16 @@ def end(line: str) -> None:
 
 @contextmanager
 def losses_named(
+    every_s: float,
     *,
     nodes: Callable[[], dict[str, Node]] = ray_nodes,
     workers: Callable[[], dict[str, Worker]] = ray_workers,
     lost: Callable[[str], None] = end,
-    every_s: float = EVERY_S,
 ) -> Iterator[None]:
-    """Look every few seconds during the body; the first loss goes to ``lost``, in a thread."""
+    """Look every few seconds (0: never) during the body; the first loss goes to ``lost``, in a thread."""
+    if not every_s:
+        yield
+        return
     over, losses = threading.Event(), Losses()
 
     def watch() -> None:

@@ -313,7 +313,11 @@ def train(config: DictConfig) -> Alert | None:
     config.transfer_queue.enable = True
     trainer = None
     succeeded = False
-    with no_space_is_named(Path(config.run.dir)), watchdog_of(config).running() as watchdog, losses_named():
+    with (
+        no_space_is_named(Path(config.run.dir)),
+        watchdog_of(config).running() as watchdog,
+        losses_named(config.watchdog.losses_s),
+    ):
         try:
             tq.init(config.transfer_queue)
             trainer = trainer_class(config.trainer.v1.trainer_mode)(config)

@@ -70,7 +70,7 @@ def test_the_watch_says_it_once_and_outlives_questions_that_fail() -> None:
         lines.append(line)
         said.set()
 
-    with losses_named(nodes=nodes, workers=lambda: WORKERS, lost=lost, every_s=0.01):
+    with losses_named(0.01, nodes=nodes, workers=lambda: WORKERS, lost=lost):
         assert said.wait(60)
     assert len(lines) == 1
     assert lines[0].startswith("node 10.0.0.2 is gone")
@@ -84,7 +84,7 @@ def test_what_ends_with_the_run_is_no_loss() -> None:
         looked.set()
         return state["workers"]()
 
-    with losses_named(nodes=lambda: NODES, workers=workers, lost=lines.append, every_s=0.01):
+    with losses_named(0.01, nodes=lambda: NODES, workers=workers, lost=lines.append):
         assert looked.wait(60)
     state["workers"] = lambda: WORKERS | {"3": dead(WORKERS["3"], died=True)}
     watching = [thread for thread in threading.enumerate() if thread.name == "losses"]
@@ -93,13 +93,18 @@ def test_what_ends_with_the_run_is_no_loss() -> None:
     assert lines == []
 
 
+def test_nobody_looks_where_nobody_shall() -> None:
+    with losses_named(0, nodes=lambda: NODES, workers=lambda: WORKERS):
+        assert not [thread for thread in threading.enumerate() if thread.name == "losses"]
+
+
 ENDING = """
 import sys, time
 sys.path[:0] = {path!r}
 from tagpr.rl.losses import Node, Worker, losses_named
 alive = iter([True, True])
 nodes = lambda: {{"b": Node("10.0.0.2", next(alive, False))}}
-with losses_named(nodes=nodes, workers=lambda: {{"1": Worker("WorkerDict (process 2)", "b", True)}}, every_s=0.05):
+with losses_named(0.05, nodes=nodes, workers=lambda: {{"1": Worker("WorkerDict (process 2)", "b", True)}}):
     time.sleep(600)
 """
 

@@ -126,7 +126,7 @@ def test_the_thread_says_it_once() -> None:
 
 def test_every_phase_has_its_key() -> None:
     config = resolve(compose("guided_rl"))
-    assert {f"{phase}_s" for phase in PHASES} | {"factor", "floor_s"} == set(config.watchdog)
+    assert {f"{phase}_s" for phase in PHASES} | {"factor", "floor_s", "losses_s"} == set(config.watchdog)
     check_watchdog(config)
 
 
