@@ -7,8 +7,6 @@ Bodies are people's data: they are never logged, and error messages do not quote
 import asyncio
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +20,7 @@ from reward_server.batching import Batcher
 from reward_server.metrics import CONTENT_TYPE, Counting, Metrics
 from reward_server.serving import Served, Serving, checkpoint_folder
 from tagpr.errors import ConfigError, DataError, StageError
-from tagpr.listening import BearerAuth, BodyTooLarge, read_body
+from tagpr.listening import Admission, BearerAuth, BodyTooLarge, place_of, read_body, refusal_headers
 from tagpr.prmu.client import sigmoid
 from tagpr.prmu.encoding import Encoded, Encoder
 from tagpr.prmu.wire import (
@@ -45,7 +43,6 @@ from tagpr.prmu.wire import (
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
 KNOWN_FIELDS = {*ScoreRequest.model_fields, *ScoreItem.model_fields, *SwapRequest.model_fields}
 SWAP_BODY_BYTES = 4096
 
@@ -81,8 +78,12 @@ class Admin:
 def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | None = None) -> FastAPI:
     """The application around a running checkpoint; its caller closes ``serving``. Without ``admin`` nobody can exchange it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    admitted = 0
-    metrics = Metrics(serving, lambda: admitted)
+    # A place for each item, from before tokenizing until the answer.
+    admission = Admission(
+        limits.pending_items,
+        lambda taken: _Refused(429, "queue_full", f"{taken} items are waiting, the queue is full"),
+    )
+    metrics = Metrics(serving, lambda: admission.taken)
     app.add_middleware(
         BearerAuth,
         token=token,
@@ -90,20 +91,6 @@ def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | N
         admin=None if admin is None else (SWAP_PATH, admin.token),
     )
     app.add_middleware(Counting, metrics=metrics)
-
-    @contextmanager
-    def admission(count: int) -> Iterator[None]:
-        """Hold a place in the bounded queue for each item, from before tokenizing until the answer."""
-        nonlocal admitted
-        if count > limits.items:
-            raise _Refused(413, "too_many_items", f"{count} items, more than the limit of {limits.items}")
-        if admitted + count > limits.pending_items:
-            raise _Refused(429, "queue_full", f"{admitted} items are waiting, the queue is full")
-        admitted += count
-        try:
-            yield
-        finally:
-            admitted -= count
 
     @app.get(HEALTH_PATH)
     async def health() -> JSONResponse:
@@ -133,7 +120,10 @@ def create_app(serving: Serving, *, token: str, limits: Limits, admin: Admin | N
         try:
             async with asyncio.timeout(limits.request_timeout_s):
                 asked = _parse(ScoreRequest, await _read(request, limits.body_bytes))
-                with admission(len(asked.items)), serving.lease() as served:
+                if len(asked.items) > limits.items:
+                    many = f"{len(asked.items)} items, more than the limit of {limits.items}"
+                    raise _Refused(413, "too_many_items", many)
+                with admission.hold(len(asked.items)), serving.lease() as served:
                     _check_lengths(asked, limits.item_characters)
                     answer = await _scores(served, asked)
         except TimeoutError:
@@ -200,7 +190,7 @@ def _parse(kind: type[Body], body: bytes) -> Body:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         # The field's place and the kind of error; pydantic's own message could quote the body.
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in KNOWN_FIELDS)
+        place = place_of(first["loc"], KNOWN_FIELDS)
         raise _Refused(422, "malformed", f"{place or 'body'}: {first['type']}") from None
 
 
@@ -235,11 +225,9 @@ def _json(record: VersionInfo | ScoreResponse | SwapResponse) -> Response:
 
 
 def _answer(refused: _Refused) -> Response:
-    headers = {"retry-after": str(RETRY_AFTER_S)} if refused.status in (429, 503) else {}
-    if refused.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if refused.status == 413:
-        headers["connection"] = "close"  # the rest of the body is not read
     return Response(
-        refused.body.model_dump_json(), refused.status, headers=headers, media_type="application/json"
+        refused.body.model_dump_json(),
+        refused.status,
+        headers=refusal_headers(refused.status),
+        media_type="application/json",
     )

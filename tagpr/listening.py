@@ -1,4 +1,4 @@
-"""What our HTTP servers have in common: a port taken at once, a bearer token, bodies that are given up when they are too large."""
+"""What our HTTP servers share: a port taken at once, a bearer token, bounded bodies and queues, refusals that quote nobody."""
 
 import asyncio
 import errno
@@ -7,7 +7,8 @@ import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -20,6 +21,7 @@ from tagpr.prmu.wire import HEALTH_PATH, TOKEN_VARIABLE, read_token
 
 SHUTDOWN_S = 10
 KEEP_ALIVE_S = 65
+RETRY_AFTER_S = 1
 # Times the size limit: a larger body is not even received.
 DRAIN = 4
 
@@ -90,6 +92,51 @@ async def read_body(request: Request, limit: int) -> bytes:
     if max(received, size) > limit:
         raise BodyTooLarge
     return bytes(body)
+
+
+class Admission:
+    """A bounded number of places, which requests hold from before their work begins until they are answered.
+
+    Args:
+        places: how many there are.
+        refusal: makes the exception for a request that finds too few free ones, from how many are taken.
+    """
+
+    def __init__(self, places: int, refusal: Callable[[int], Exception]) -> None:
+        self.taken = 0
+        self._places = places
+        self._refusal = refusal
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        """Hold ``count`` places while the body runs; for one event loop.
+
+        Raises:
+            Exception: the refusal; so many are not free.
+        """
+        if self.taken + count > self._places:
+            raise self._refusal(self.taken)
+        self.taken += count
+        try:
+            yield
+        finally:
+            self.taken -= count
+
+
+def place_of(location: Sequence[int | str], known: Container[str]) -> str:
+    """Where in a body something is wrong (pydantic's ``loc``), of numbers and ``known`` names: others could quote the body."""
+    return ".".join(str(part) for part in location if isinstance(part, int) or part in known)
+
+
+def refusal_headers(status: int) -> dict[str, str]:
+    """Headers that belong to a refusal with this status."""
+    if status in (429, 503):
+        return {"retry-after": str(RETRY_AFTER_S)}
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    if status == 413:
+        return {"connection": "close"}  # the rest of the body is not read
+    return {}
 
 
 class Server(uvicorn.Server):

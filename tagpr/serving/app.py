@@ -7,8 +7,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from tagpr.listening import BearerAuth, BodyTooLarge, read_body
+from tagpr.listening import Admission, BearerAuth, BodyTooLarge, place_of, read_body, refusal_headers
 from tagpr.prmu.wire import HEALTH_PATH
 from tagpr.serving.asking import Answer, Asker, ChatRequest, Message, Part, Refused, Sample
 
@@ -26,7 +24,6 @@ logger = logging.getLogger(__name__)
 CHAT_PATH = "/v1/chat/completions"
 MODELS_PATH = "/v1/models"
 USER_HEADER = "x-tagpr-user"
-RETRY_AFTER_S = 1
 KNOWN_FIELDS = {*ChatRequest.model_fields, *Message.model_fields, *Part.model_fields}
 
 
@@ -42,25 +39,17 @@ class Limits:
 def create_app(asker: Asker, *, token: str, limits: Limits) -> FastAPI:
     """The application around an :class:`Asker`, which its caller closes."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    admitted = 0
+    # A place for each sample.
+    admission = Admission(
+        limits.pending,
+        lambda taken: Refused(429, "queue_full", f"{taken} samples are under way, the queue is full"),
+    )
     started = int(time.time())
     app.add_middleware(
         BearerAuth,
         token=token,
         refusal=lambda: _answer(Refused(401, "unauthorized", "bearer token missing or wrong")),
     )
-
-    @contextmanager
-    def admission(count: int) -> Iterator[None]:
-        """Hold a place for each sample, from before the prompt is made until the answer."""
-        nonlocal admitted
-        if admitted + count > limits.pending:
-            raise Refused(429, "queue_full", f"{admitted} samples are under way, the queue is full")
-        admitted += count
-        try:
-            yield
-        finally:
-            admitted -= count
 
     @app.get(HEALTH_PATH)
     async def health() -> JSONResponse:
@@ -78,7 +67,7 @@ def create_app(asker: Asker, *, token: str, limits: Limits) -> FastAPI:
         try:
             async with asyncio.timeout(limits.request_timeout_s):
                 asked = _parse(await _read(request, limits.body_bytes))
-                with admission(min(asked.best_of or asked.n, asker.served.most)):
+                with admission.hold(min(asked.best_of or asked.n, asker.served.most)):
                     answer = await asker.ask(asked)
         except TimeoutError:
             return _answer(
@@ -108,7 +97,7 @@ def _parse(body: bytes) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         # The field's place and the kind of error; pydantic's own message could quote the body.
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in KNOWN_FIELDS)
+        place = place_of(first["loc"], KNOWN_FIELDS)
         if first["type"] == "extra_forbidden":
             # A field's name is said if it is one; anything longer is not repeated.
             name = str(first["loc"][-1])
@@ -163,11 +152,6 @@ def _choice(index: int, sample: Sample) -> dict[str, Any]:
 
 
 def _answer(refused: Refused) -> Response:
-    headers = {"retry-after": str(RETRY_AFTER_S)} if refused.status in (429, 503) else {}
-    if refused.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if refused.status == 413:
-        headers["connection"] = "close"  # the rest of the body is not read
     kind = "invalid_request_error" if refused.status < 500 and refused.status != 429 else "server_error"
     error = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
-    return JSONResponse({"error": error}, refused.status, headers=headers)
+    return JSONResponse({"error": error}, refused.status, headers=refusal_headers(refused.status))
