@@ -146,14 +146,18 @@ class TagPRTrainer(PPOTrainerSync):
         if schedule.changes:
             metrics |= {f"objective/{name}": getattr(weights, name) for name in NAMES}
         if objective.normalise_components:
-            rows = self._reward_rows(batch)
-            advantages = combine_normalised(
-                [row["reward"] for row in rows],
-                [row["group"] for row in rows],
-                objective.mode,
-                [weights] * len(rows),
+            keys = _own_keys(batch)
+            # The rewards alone: texts are fetched and decoded once, for the metrics.
+            fields = tq.kv_batch_get(
+                keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"]
             )
-            put_advantages([row["key"] for row in rows], batch.partition_id, advantages)
+            advantages = combine_normalised(
+                [each["reward_extra_info"] for each in list(fields["extra_fields"])],
+                [_group_of(key) for key in keys],
+                objective.mode,
+                [weights] * len(keys),
+            )
+            put_advantages(keys, batch.partition_id, advantages)
         return batch
 
     def _compute_metrics(
@@ -188,9 +192,7 @@ class TagPRTrainer(PPOTrainerSync):
 
     def _reward_rows(self, batch: KVBatchMeta) -> list[dict[str, Any]]:
         """Who was asked what, what came back, and what its reward was made of; padding rows left out."""
-        own = [
-            key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)
-        ]
+        own = _own_keys(batch)
         data = tq.kv_batch_get(
             keys=own,
             partition_id=batch.partition_id,
@@ -211,7 +213,7 @@ class TagPRTrainer(PPOTrainerSync):
             list(data["extra_info"]),
             strict=True,
         ):
-            group = key.split("_")[0]
+            group = _group_of(key)
             if group not in prompts:
                 prompts[group] = self.tokenizer.decode(prompt, skip_special_tokens=True)
             rows.append(
