@@ -57,8 +57,7 @@ class Losses:
         for id, worker in workers.items():
             had = self._had.get(id)
             if had is not None and worker.died:
-                node = nodes.get(had.node)
-                where = f" on node {node.name}" if node is not None else ""
+                where = f" on node {nodes[had.node].name}" if had.node in nodes else ""
                 return f"worker {had.name}{where} is dead{f' ({worker.reason})' if worker.reason else ''}"
         self._had = {id: worker for id, worker in workers.items() if worker.alive}
         return None
