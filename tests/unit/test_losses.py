@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tagpr.rl.losses import Losses, Node, Worker, losses_named
 
@@ -58,7 +58,9 @@ def test_a_dead_worker_is_named_and_one_that_was_told_to_end_is_not() -> None:
 
 def test_the_watch_says_it_once_and_outlives_questions_that_fail() -> None:
     said, lines = threading.Event(), list[str]()
-    answers = iter([NODES, ConnectionError("away"), ConnectionError("away"), NODES | {"b": GONE}])
+    answers: Iterator[dict[str, Node] | Exception] = iter(
+        [NODES, ConnectionError("away"), ConnectionError("away"), NODES | {"b": GONE}]
+    )
 
     def nodes() -> dict[str, Node]:
         answer = next(answers)
