@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -150,7 +151,7 @@ def connected(
     Raises:
         StageError: no cluster answers there, or it refuses the token.
     """
-    use_token_if_there_is_one()
+    prepare_to_connect(address)
     import ray
 
     runtime_env = dict(arguments.pop("runtime_env", None) or {})
@@ -179,6 +180,30 @@ def use_token_if_there_is_one() -> None:
     kept = Path.home() / ".ray" / "auth_token"
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or kept.is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def prepare_to_connect(address: str) -> None:
+    """Set what Ray needs to know beforehand of the cluster at ``address``; call it before ray is imported."""
+    use_token_if_there_is_one()
+    host, _, port = address.rpartition(":")
+    if host in ("127.0.0.1", "localhost") and port.isdecimal() and not _open_to_others(int(port)):
+        # Ray would take this machine's outward address instead, where a head on loopback does not listen.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def _open_to_others(port: int) -> bool:
+    """Whether something listens at this port of this machine's outward address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 53))  # sends nothing: it chooses a route, as Ray does
+            outward = probe.getsockname()[0]
+        except OSError:
+            return False
+    try:
+        socket.create_connection((outward, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def be_no_actor() -> None:

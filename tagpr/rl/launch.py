@@ -27,7 +27,7 @@ from tagpr.local_ray import local_ray, prepare_environment
 from tagpr.prmu.client import check_server
 from tagpr.prmu.local_server import local_server
 from tagpr.prmu.wire import Address, read_token
-from tagpr.ray_jobs import connected, forwarded, use_token_if_there_is_one
+from tagpr.ray_jobs import connected, forwarded, prepare_to_connect
 from tagpr.rewards.weights import asks_prmu
 from tagpr.rl.checks import check, check_context, schedule
 from tagpr.rl.data import check_examples, draw, examples_of, write_rows
@@ -277,7 +277,7 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
     if config.launch.address is None:
         prepare_environment()
     else:
-        use_token_if_there_is_one()
+        prepare_to_connect(config.launch.address)
     environment = environment_of_workers(config)
     os.environ.update(environment)
     arguments: Any = OmegaConf.to_container(config.ray_kwargs.ray_init, resolve=True)

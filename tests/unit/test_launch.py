@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,3 +254,35 @@ def test_a_stage_in_a_job_is_not_taken_for_an_actor(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(ray_jobs.IN_A_JOB, "{}")
     ray_jobs.be_no_actor()
     assert variable not in os.environ
+
+
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@pytest.mark.parametrize(
+    ("address", "open_to_others", "stays"),
+    [
+        ("127.0.0.1:6379", False, True),
+        ("localhost:6379", False, True),
+        # A head on the outward address, of which Ray finds out by itself.
+        ("127.0.0.1:6379", True, False),
+        ("10.0.0.5:6379", False, False),
+        ("auto", False, False),
+        ("ray://127.0.0.1", False, False),
+    ],
+)
+def test_a_head_on_loopback_is_looked_for_there(
+    address: str, open_to_others: bool, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOOPBACK_ONLY, "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(ray_jobs, "_open_to_others", lambda port: open_to_others)
+    ray_jobs.prepare_to_connect(address)
+    assert (os.environ[LOOPBACK_ONLY] == "0") == stays
+
+
+def test_what_listens_on_loopback_alone_is_not_open_to_others() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        assert not ray_jobs._open_to_others(listener.getsockname()[1])
