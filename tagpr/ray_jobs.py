@@ -68,6 +68,7 @@ MODEL_KEYS = (
 )  # fmt: skip
 
 LOST_CONNECTION_S = 60.0
+CONNECT_S = 10.0
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -152,6 +153,7 @@ def connected(
         StageError: no cluster answers there, or it refuses the token.
     """
     prepare_to_connect(address)
+    _check_somebody_listens(address, key)
     import ray
 
     runtime_env = dict(arguments.pop("runtime_env", None) or {})
@@ -189,6 +191,24 @@ def prepare_to_connect(address: str) -> None:
     if host in ("127.0.0.1", "localhost") and port.isdecimal() and not _open_to_others(int(port)):
         # Ray would take this machine's outward address instead, where a head on loopback does not listen.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def _check_somebody_listens(address: str, key: str) -> None:
+    """Ray itself tries for minutes, in which it can neither be interrupted nor says anything.
+
+    Raises:
+        StageError: nothing takes connections at ``address``, where it is a host and a port.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise StageError(
+            f"{key}={address}: nobody listens there ({getattr(error, 'strerror', None) or error}). Start the cluster, mend the "
+            "address (or RAY_ADDRESS), or set null for a Ray of this run's own."
+        ) from error
 
 
 def _open_to_others(port: int) -> bool:

@@ -286,3 +286,16 @@ def test_what_listens_on_loopback_alone_is_not_open_to_others() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         assert not ray_jobs._open_to_others(listener.getsockname()[1])
+
+
+def test_where_nobody_listens_it_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (LOOPBACK_ONLY, "RAY_AUTH_MODE"):  # put back afterwards
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(
+            StageError, match=rf"^RAY_ADDRESS={address}: nobody listens there \(Connection refused\)"
+        ):
+            with ray_jobs.connected(address, {}, key="RAY_ADDRESS"):
+                pytest.fail("connected")
