@@ -9,6 +9,9 @@ from tagpr.errors import StageError
 from tagpr.runs import write_json_atomically
 
 MARKER = "complete.json"
+# As verl names them: of a LoRA run, in the folder of shards and in what it merges.
+LORA_META = "lora_train_meta.json"
+ADAPTER = "lora_adapter"
 SHARD = re.compile(r"(?P<kind>\w+)_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt")
 
 
@@ -122,7 +125,9 @@ def retain(checkpoints: Path, keep: int | None) -> None:
 
 
 def export_model(shards: Path, destination: Path) -> None:
-    """Write a checkpoint's weights as a Hugging Face folder, atomically.
+    """Write a checkpoint's weights as a Hugging Face folder, atomically; those of a LoRA run with the adapter merged in.
+
+    Weights that have to be put together from shards come out in bf16, whatever they were trained in.
 
     Args:
         shards: folder that verl's checkpoint manager wrote: ``huggingface/`` with the configuration, the tokenizer and perhaps
@@ -130,12 +135,14 @@ def export_model(shards: Path, destination: Path) -> None:
         destination: replaced as a whole.
 
     Raises:
-        StageError: the checkpoint holds no weights in a known form, or a LoRA adapter.
+        StageError: the checkpoint holds no weights in a known form, or an adapter without its scale.
     """
     ready = shards / "huggingface"
     temporary = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    if any(ready.glob("*.safetensors")):
+    # Of a LoRA run, what verl calls whole weights has the adapter's tensors in it, under names that no model knows.
+    adapted = (shards / LORA_META).is_file()
+    if any(ready.glob("*.safetensors")) and not adapted:
         shutil.copytree(ready, temporary)
     elif any(shards.glob("model_world_size_*_rank_0.pt")):
         from verl.model_merger.base_model_merger import ModelMergerConfig
@@ -152,14 +159,33 @@ def export_model(shards: Path, destination: Path) -> None:
         )
         merger.merge_and_save()
         merger.cleanup()
-        if (temporary / "lora_adapter").exists():
-            # Beside it lie the weights from before training: handed over, they would pass for the trained ones.
-            shutil.rmtree(temporary)
-            raise StageError(
-                f"{shards}: holds a LoRA adapter, which is not merged here. Merge it with peft "
-                "(PeftModel.from_pretrained, merge_and_unload) and point the next stage's paths.* at the result."
-            )
+        if (temporary / ADAPTER).exists():
+            _merge_adapter(temporary, shards)
     else:
         raise StageError(f"{shards}: holds no weights. Delete the folder and run the same command again.")
     shutil.rmtree(destination, ignore_errors=True)
     temporary.replace(destination)
+
+
+def _merge_adapter(folder: Path, shards: Path) -> None:
+    """Replace the frozen weights in ``folder`` and the adapter beside them by their sum, in float32 until it is written."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapter = folder / ADAPTER
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if not settings["lora_alpha"]:
+        # verl writes 0 where it does not know: the weights from before training would pass for the trained ones.
+        shutil.rmtree(folder)
+        raise StageError(
+            f"{shards / LORA_META}: does not tell the adapter's lora_alpha. Write it there as "
+            '{"r": ..., "lora_alpha": ..., "task_type": "CAUSAL_LM"} and run the same command again.'
+        )
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    written_in = base.dtype
+    merged = PeftModel.from_pretrained(base.to(torch.float32), str(adapter)).merge_and_unload(safe_merge=True)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    merged.to(written_in).save_pretrained(folder)
+    shutil.rmtree(adapter)

@@ -23,7 +23,7 @@ def run(config: DictConfig) -> None:
 
     Raises:
         ConfigError: no run is named, or the target would be the source.
-        StageError: the run has no such weights yet, or they are a LoRA adapter.
+        StageError: the run has no such weights yet.
         DataError: the folder is no run's.
     """
     settings = config.export
