@@ -159,12 +159,13 @@ def test_verl_has_what_the_worker_hooks() -> None:
     assert "selected_reward_loop_worker_handle.compute_score.remote(data)" in inspect.getsource(
         AgentLoopWorker._compute_score
     )
-    ours, theirs = (
-        inspect.signature(worker._run_agent_loop).parameters
-        for worker in (rollouts.RolloutWorker, AgentLoopWorker)
-    )
-    # Ray adds one of its own to the methods of an actor.
-    assert set(ours) == set(theirs) - {"_ray_trace_ctx"}
+    for name in ("_run_agent_loop", "_compute_score"):
+        ours, theirs = (
+            inspect.signature(getattr(worker, name)).parameters
+            for worker in (rollouts.RolloutWorker, AgentLoopWorker)
+        )
+        # Ray adds one of its own to the methods of an actor.
+        assert set(ours) == set(theirs) - {"_ray_trace_ctx"}
     assert issubclass(
         rollouts.RolloutWorker, agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class.__mro__[1]
     )
