@@ -9,25 +9,20 @@ may be about the same prompt, and have a response in common with this one.
 ``padding_free``   both inputs in full, all behind each other, each looking at itself only. What shared_prefix is checked against.
 ``padded``         one input a row, padded on the right to the longest.
 
-The first two need no change of any model: they register one attention function with transformers, which cuts the sequence into
-its parts and gives each to PyTorch's fused attention kernel, so no mask of the size of the whole sequence exists.
+The first two go through :mod:`tagpr.tree_attention`, which needs no change of any model and no mask of the size of the sequence.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tagpr.errors import ConfigError
+from tagpr.tree_attention import Segment, use_tree_attention
 
 Packing = Literal["shared_prefix", "padding_free", "padded"]
 PACKINGS: tuple[Packing, ...] = ("shared_prefix", "padding_free", "padded")
-
-ATTENTION = "tagpr_tree"
-"""Name of the attention function among those of transformers."""
 
 
 class EncodedPair(NamedTuple):
@@ -63,15 +58,6 @@ class EncodedPair(NamedTuple):
     def shared(self) -> int:
         """Tokens that both inputs begin with; at least one of each is left over, whose logit is read."""
         return _shared((self.chosen, self.rejected))
-
-
-class Segment(NamedTuple):
-    """Tokens ``start`` to ``end`` of a packed sequence: causal among themselves, after all of the prefix."""
-
-    start: int
-    end: int
-    prefix_start: int
-    prefix_end: int
 
 
 class Batch(NamedTuple):
@@ -217,61 +203,7 @@ def use_packing(model: PreTrainedModel, packing: Packing) -> None:
     if packing == "padded":
         model.set_attn_implementation("sdpa")
         return
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ConfigError(
-            f"train_prmu.packing={packing}: the model has {', '.join(sorted(kinds))} layers. Set padded."
-        )
-    AttentionInterface.register(ATTENTION, tree_attention)
     try:
-        model.set_attn_implementation(ATTENTION)
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            f"train_prmu.packing={packing}: the model's attention cannot be replaced. Set padded."
-        ) from error
-
-
-def tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    segments: tuple[Segment, ...] = (),
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of a packed sequence, one call of the fused kernel for each segment.
-
-    Args:
-        module: the attention layer that asks.
-        query: [1, heads, tokens, head size]; ``key`` and ``value`` with the layer's key-value heads.
-        key: see ``query``.
-        value: see ``query``.
-        attention_mask: unused; transformers makes none for an attention function of ours.
-        dropout: of attention weights.
-        scaling: of the scores; None: one over the root of the head size.
-        segments: what the sequence consists of.
-
-    Returns:
-        [1, tokens, heads, head size], and no weights.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    parts = []
-    for start, end, prefix_start, prefix_end in segments:
-        own_query, own_key, own_value = (each[:, :, start:end] for each in (query, key, value))
-        if prefix_end == prefix_start:
-            mask, causal = None, True
-        else:
-            own_key = torch.cat([key[:, :, prefix_start:prefix_end], own_key], 2)
-            own_value = torch.cat([value[:, :, prefix_start:prefix_end], own_value], 2)
-            mask, causal = causal_lower_right(end - start, own_key.shape[2]), False
-        parts.append(
-            scaled_dot_product_attention(
-                own_query, own_key, own_value, mask, dropout, is_causal=causal, scale=scaling
-            )
-        )
-    return torch.cat(parts, 2).transpose(1, 2), None
+        use_tree_attention(model)
+    except ValueError as error:
+        raise ConfigError(f"train_prmu.packing={packing}: {error}. Set padded.") from error

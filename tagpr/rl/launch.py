@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
-from tagpr.cpu_platform import TRAINING_THREADS
 from tagpr.dense_retrieval import install
 from tagpr.errors import RewardServerError, RunFault, StageError
 from tagpr.local_ray import local_ray, prepare_environment
@@ -390,11 +389,10 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
     }
     if config.trainer.device == "cpu":
         environment |= {
-            # One thread a process: the rollout engine and the reward server share the cores.
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            # Updates have the cores to themselves, but on a machine that others use too, two threads that wait for each other take
-            # five times as long as one: more only where it is asked for.
-            TRAINING_THREADS: os.environ.get(TRAINING_THREADS) or os.environ.get("OMP_NUM_THREADS", "1"),
+            # Rollouts and updates take turns: all cores for each. Threads that wait sleep; spinning, two of them take up to ten
+            # times as long as one as soon as anybody else uses the machine (passive: never longer).
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_of_a_worker(config))),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
             # vLLM compiles one function of its sampler, for seconds of the first step, which is no faster for it.
             "TORCH_COMPILE_DISABLE": "1",
             # GiB; without it each vLLM engine takes half of the machine.
@@ -405,6 +403,11 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
             "RAY_worker_niceness": "0",
         }
     return environment
+
+
+def threads_of_a_worker(config: DictConfig) -> int:
+    """CPU threads of a rollout engine, and of a training worker: of this machine's cores, for as many workers as it has."""
+    return max(1, len(os.sched_getaffinity(0)) // int(config.trainer.n_gpus_per_node))
 
 
 def train_or_name_the_fault(config: DictConfig) -> Alert | None:

@@ -21,6 +21,7 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from tagpr.checkpoints import mark_complete, retain
+from tagpr.cpu_platform.prefix_sharing import partitions_of_groups
 from tagpr.errors import ConfigError
 from tagpr.rewards.weights import NAMES, read_weights
 from tagpr.rl.advantage import combine_normalised
@@ -104,6 +105,16 @@ class TagPRTrainer(PPOTrainerSync):
         """The new weights go to the rollout engines."""
         with self.watchdog.phase("weight_sync"):
             super().on_step_end()
+
+    def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """Each training worker gets whole groups, where the engine has a group's prompt only once."""
+        if self.config.trainer.device != "cpu":
+            return super()._balance_batch(batch, *args, **kwargs)
+        whole = partitions_of_groups(
+            trainer_base.get_seqlen_balanced_partitions, self.config.actor_rollout_ref.rollout.n
+        )
+        with mock.patch.object(trainer_base, "get_seqlen_balanced_partitions", whole):
+            return super()._balance_batch(batch, *args, **kwargs)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         with self.watchdog.phase("old_log_prob"):
