@@ -3,14 +3,15 @@
     python tests/perf/rl_step.py [--peer-python /path/of/a/venv/bin/python | --install-peer FOLDER] [--outputs FOLDER]
 
 Both train the same model on the same prompts with the same reward (eq. 11: no reward server on either side; ours goes through
-the reward manager), GSPO with the paper's clip, 16 prompts x 5 responses, two updates, AdamW, fp32, two cores. Two sizes:
+the reward manager), GSPO with the paper's clip, 16 prompts x 5 responses, two updates, AdamW, fp32, two cores. Three sizes:
 ``small`` (MiniLaMP's own model, 0.43M parameters, at most 64 tokens a response), whose rewards are the learning curves, one per
-seed; ``large`` (2.4M parameters with random weights, which hardly ever end before 256 tokens), for time alone: its rewards are all
-zero. A step is everything between the end of one and the end of the next, the median after warm-up; start-up is from the start of
-the process to the start of the first step. ``--outputs`` is a folder in which `bash recipes/quickstart.sh` left data and an SFT
+seed; ``large`` (2.4M parameters with random weights, which hardly ever end before 256 tokens) and ``fixed`` (the small model,
+responses of one token: what a step costs before there is anything to compute), for time alone: their rewards are all the same. A
+step is everything between the end of one and the end of the next, the median after warm-up; start-up is from the start of the
+process to the start of the first step. ``--outputs`` is a folder in which `bash recipes/quickstart.sh` left data and an SFT
 model; without it, prepared data and the base model are made first (two minutes).
 
-``--replicas 1,2`` adds weak scaling: so many rollout engines and FSDP workers with as many times the prompts, on the same cores.
+``--replicas 1,2`` adds weak scaling: so many rollout engines and FSDP workers of one thread each, with as many times the prompts.
 
 The last line of standard output is one JSON object.
 """
@@ -33,7 +34,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PEER = "trl==1.16"
 PROMPTS, GROUP, MINI_BATCH = 16, 5, 8
-RESPONSE_TOKENS = {"small": 64, "large": 256}
+RESPONSE_TOKENS = {"small": 64, "large": 256, "fixed": 1}
 LEARNING_RATE = 2e-4
 WARM_UP = 2
 PHASES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights")
@@ -100,9 +101,13 @@ def ours(
     seed: int,
     extra: list[str],
     replicas: int = 1,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """One run of exploratory RL as a user starts it; its metrics are read as they are written, which dates each step."""
-    name = f"{size}-{seed}-{replicas}"
+    """One run of exploratory RL as a user starts it; its metrics are read as they are written, which dates each step.
+
+    ``threads`` of each worker; None: the run's own choice.
+    """
+    name = f"{size}-{seed}" if threads is None else f"{size}-{seed}-{replicas}-replicas"
     run_dir = folder / name
     command = [
         sys.executable, "-m", "tagpr.rl", "exploratory_rl", f"run.outputs={folder}", f"run.name={name}", f"run.seed={seed}",
@@ -114,7 +119,8 @@ def ours(
         f"trainer.n_gpus_per_node={replicas}", *extra,
     ]  # fmt: skip
     began = time.time()
-    process = subprocess.Popen(command, stdout=sys.stderr, env=environment())
+    own = environment() if threads is None else environment(OMP_NUM_THREADS=str(threads))
+    process = subprocess.Popen(command, stdout=sys.stderr, env=own)
     dates: list[float] = []
     done = threading.Event()
 
@@ -262,9 +268,9 @@ def run(given: argparse.Namespace) -> None:
         folder = Path(scratch)
         examples, small = prepared(Path(given.outputs) if given.outputs else folder / "outputs")
         for size in filter(None, given.sizes.split(",")):
-            model = small if size == "small" else large_model(small, folder / "large")
+            model = large_model(small, folder / "large") if size == "large" else small
             seeds = range(given.seeds if size == "small" else 1)
-            steps = given.steps if size == "small" else given.large_steps
+            steps = given.large_steps if size == "large" else given.steps
             own: list[dict[str, Any]] = []
             other: list[dict[str, Any]] = []
             # In turns, so that a busy minute of the machine meets both.
@@ -273,7 +279,7 @@ def run(given: argparse.Namespace) -> None:
                 print(size, "ours", seed, summary(own[-1:]), flush=True)
                 if python is None:
                     continue
-                rows = folder / "ours" / f"{size}-{seed}-1" / "data" / "train.parquet"
+                rows = folder / "ours" / f"{size}-{seed}" / "data" / "train.parquet"
                 best = None
                 for threads in (1, 2) if seed == 0 else (other[0]["threads"],):
                     made = peer(
@@ -315,7 +321,19 @@ def run(given: argparse.Namespace) -> None:
         if given.replicas:
             scaled = {
                 count: summary(
-                    [ours("small", small, examples, folder / "ours", given.large_steps, 0, given.set, count)]
+                    [
+                        ours(
+                            "small",
+                            small,
+                            examples,
+                            folder / "ours",
+                            given.steps,
+                            0,
+                            given.set,
+                            count,
+                            threads=1,
+                        )
+                    ]
                 )
                 for count in map(int, given.replicas.split(","))
             }
@@ -331,9 +349,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="See the head of this file.")
     parser.add_argument("--outputs", help="folder of a quickstart's outputs")
     parser.add_argument("--scratch", help="where the runs' folders are made (deleted at the end)")
-    parser.add_argument("--sizes", default="small,large")
-    parser.add_argument("--steps", type=int, default=16, help="of size small")
-    parser.add_argument("--large-steps", type=int, default=6)
+    parser.add_argument("--sizes", default="fixed,small,large")
+    parser.add_argument("--steps", type=int, default=16, help="of the other sizes")
+    parser.add_argument("--large-steps", type=int, default=6, help="of size large")
     parser.add_argument("--seeds", type=int, default=2, help="of size small")
     parser.add_argument("--replicas", help="weak scaling besides: rollout engines (and FSDP workers), as 1,2")
     parser.add_argument("--peer-python")
