@@ -108,6 +108,8 @@ def test_the_tested_hardware_composes_and_verl_takes_it(stage: str, hardware: st
     # The batch is the paper's on all of them: the number of GPUs changes nothing that is learned.
     assert (config.data.train_batch_size, rollout.n, actor.ppo_mini_batch_size) == (128, 5, 32)
     assert (actor.clip_ratio_low, actor.clip_ratio_high) == (3e-4, 4e-4)
+    # Adapters take the base model's type: at these rates updates in bf16 are rounded away.
+    assert actor.fsdp_config.model_dtype == "fp32"
     lora = config.actor_rollout_ref.model.lora_rank
     assert (lora > 0) == (hardware == "gpu1_lora")
     # vLLM is sent the adapters alone, so that it has to read the base model itself.
