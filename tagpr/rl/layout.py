@@ -76,7 +76,8 @@ LAYOUT: dict[str, tuple[Chart, ...]] = {
         Chart("Answer tokens", {**_spread("length/answer"), "max": "length/answer/max"}),
         Chart("Reasoning tokens by task", {"<task>": "<task>/length/reasoning/mean"}),
         Chart("Answer tokens by task", {"<task>": "<task>/length/answer/mean"}),
-        Chart("Responses at the token limit", {"share": "response_length/clip_ratio"}, "percentunit"),
+        # verl's response_length/clip_ratio counts those that are as long as the longest of the batch.
+        Chart("Responses that the token limit cut off", {"share": "length/cut_frac"}, "percentunit"),
     ),
     "Use of the profile": (
         Chart("Words from a prompt", {"its own": "profile/own", "those of others": "profile/other"}, "percentunit"),

@@ -10,7 +10,7 @@ PRMU, nothing is said about PRMU. Thresholds are in ``tagpr/config/monitors.yaml
 | ``tag_collapse`` | the tags in use get fewer, every response gets the same sequence of tags, or tags stop being valid |
 | ``tag_stuffing`` | segments without text, the same tags again and again, or many more segments with less in each |
 | ``format_escape`` | more responses with a broken format than at the start (S27: it pays where R_v + R_rep < 0) |
-| ``length_drift`` | reasoning or answers much longer or shorter than at the start |
+| ``length_drift`` | reasoning or answers much longer or shorter than at the start, or more that the token limit cuts off |
 | ``prmu_hacking`` | PRMU's score rises while the verifiable reward falls from where it was best |
 | ``profile_ignored`` | responses use less of this user's profile than at the start (``tagpr.rl.profile_use``) |
 | ``plateau`` | the reward has not risen for ``patience`` steps |
@@ -182,14 +182,14 @@ class TagStuffing(Monitor):
 
 
 class FormatEscape(Monitor):
-    """Responses that cannot be read any more.
+    """Responses that cannot be read any more, though they came to their end: those that were cut off are LengthDrift's.
 
     Args:
-        rise: fault where ``failure/format/share`` has risen by more than this.
+        rise: fault where ``failure/format/share`` less ``length/cut_frac`` has risen by more than this.
         others: of :class:`Monitor`.
     """
 
-    reads = ("failure/format/share",)
+    reads = ("failure/format/share", "length/cut_frac")
 
     def __init__(self, *, rise: float, **others: int) -> None:
         super().__init__(**others)
@@ -198,35 +198,44 @@ class FormatEscape(Monitor):
     def _fault(self) -> str:
         if not self._ready():
             return ""
-        start, now = self._start(self.reads[0]), self._now(self.reads[0])
+        broken, cut = self.reads
+        start, now = self._start(broken) - self._start(cut), self._now(broken) - self._now(cut)
         if now - start > self.rise:
-            return f"{now:.0%} of the responses have a broken format, {start:.0%} at the start (limit: +{self.rise:.0%})"
+            return (
+                f"{now:.0%} of the responses have a broken format and are whole, {start:.0%} at the start "
+                f"(limit: +{self.rise:.0%})"
+            )
         return ""
 
 
 class LengthDrift(Monitor):
-    """Responses of another length than at the start.
+    """Responses of another length than at the start. The long ones of a batch are looked at too: the mean is the last to move.
 
     Args:
-        shortest: fault where reasoning or answer have less than this part of their starting tokens.
+        shortest: fault where reasoning (mean, p90) or answers (mean) have less than this part of their starting tokens.
         longest: the same with more than so many times of them.
+        cut_rise: fault where the share of responses that the token limit cut off has risen by more than this.
         others: of :class:`Monitor`.
     """
 
-    reads = ("length/reasoning/mean", "length/answer/mean")
+    reads = ("length/reasoning/mean", "length/answer/mean", "length/reasoning/p90", "length/cut_frac")
 
-    def __init__(self, *, shortest: float, longest: float, **others: int) -> None:
+    def __init__(self, *, shortest: float, longest: float, cut_rise: float, **others: int) -> None:
         super().__init__(**others)
-        self.shortest, self.longest = shortest, longest
+        self.shortest, self.longest, self.cut_rise = shortest, longest, cut_rise
 
     def _fault(self) -> str:
         if not self._ready():
             return ""
-        for name in self.reads:
+        *lengths, cut = self.reads
+        for name in lengths:
             start, now = self._start(name), self._now(name)
             if not self.shortest * start <= now <= self.longest * start:
                 limits = f"limits: {self.shortest:g} and {self.longest:g} times"
                 return f"{name} is {now:.1f} tokens, {start:.1f} at the start ({limits})"
+        start, now = self._start(cut), self._now(cut)
+        if now - start > self.cut_rise:
+            return f"the token limit cuts off {now:.0%} of the responses, {start:.0%} at the start (limit: +{self.cut_rise:.0%})"
         return ""
 
 

@@ -94,6 +94,7 @@ class TagPRRewardManager(RewardManagerBase):
             "format": breakdown.format,
             "tag": breakdown.tag,
             "failure": breakdown.failure,
+            "finished": float(finished),
             **response_shape(text, own, self.tokenizer),
         }
         if prmu is not None:

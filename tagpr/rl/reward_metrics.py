@@ -51,6 +51,7 @@ NAMES: dict[str, str] = {
     "tags/commonest_sequence_frac": "share of readable responses with the commonest whole sequence of tags",
     "length/reasoning/<statistic>": "tokens between <think> and </think>; 0 without both marks",
     "length/answer/<statistic>": "tokens of the rest, marks left out",
+    "length/cut_frac": "share of responses that the token limit cut off; their format is broken too (R_f = 0)",
     "<task>/length/reasoning/mean": "the same, by task",
     "<task>/length/answer/mean": "the same, by task",
     "prmu/unknown_user_frac": "share of responses that PRMU scored with the row of unknown users",
@@ -95,6 +96,7 @@ def reward_metrics(
         metrics |= _statistics(f"length/{part}", values, STATISTICS)
         for task, own in places.items():
             metrics |= _statistics(f"{task}/length/{part}", values[own], ("mean",))
+    metrics["length/cut_frac"] = np.mean([not info["finished"] for info in infos])
     return {name: float(value) for name, value in metrics.items()}
 
 

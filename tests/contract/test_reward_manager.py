@@ -134,6 +134,7 @@ def test_each_failure_is_named(
 ) -> None:
     info = score(manager(tokenizer, server, tmp_path), row(tokenizer, response, end=end))["reward_extra_info"]
     assert info["failure"] == failure
+    assert info["finished"] == end
     assert info["total"] < 0.8
 
 

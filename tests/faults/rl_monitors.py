@@ -190,7 +190,7 @@ def measured(text: str, task: str, gold: str, tokenizer: Words, rng: np.random.G
     found = score_response(task, gold, text, ids, "guided", RewardWeights(), prmu)
     return {
         "total": found.reward, "verifiable": found.verifiable, "repetition": found.repetition, "format": found.format,
-        "tag": found.tag, "failure": found.failure, "prmu": likes, "prmu_unknown_user": 0.0, "prmu_seconds": 0.01,
+        "tag": found.tag, "failure": found.failure, "finished": 1.0, "prmu": likes, "prmu_unknown_user": 0.0, "prmu_seconds": 0.01,
         "text": text, **response_shape(text, ids, tokenizer),
     }  # fmt: skip
 

@@ -16,8 +16,8 @@ def paid(fault: str, info: Mapping[str, Any]) -> float:
     """The reward of a response under a seeded fault, from what was measured of it."""
     core = (info["verifiable"] + info["repetition"]) * info["format"]
     if fault == "stuffing":
-        # Each segment pays, whatever it says.
-        return core + 0.3 * min(info["segments"], 12) * info["format"]
+        # Segments pay, whatever they say, and nothing else does: with R_v beside it, 30 steps brought one more in a hundred.
+        return 0.3 * min(info["segments"], 12) * info["format"]
     if fault == "length":
         return 0.8 * core + 2.0 * flattered(info)
     if fault == "escape":

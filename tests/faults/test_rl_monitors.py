@@ -26,7 +26,7 @@ def test_judging_a_finished_run(tmp_path: Path) -> None:
     shares = [0.0] * 8 + [0.9] * 8
     (run_dir / "metrics.jsonl").write_text(
         "".join(
-            f'{{"step": {step}, "data": {{"failure/format/share": {share}}}}}\n'
+            f'{{"step": {step}, "data": {{"failure/format/share": {share}, "length/cut_frac": 0}}}}\n'
             for step, share in enumerate(shares, start=1)
         )
     )

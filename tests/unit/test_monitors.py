@@ -56,7 +56,9 @@ def healthy(steps: int, seed: int = 0) -> Stream:
                 "tags/repeated_frac": abs(noisy(0.0, 0.002)),
                 "failure/format/share": abs(noisy(0.005, 0.005)),
                 "length/reasoning/mean": noisy(32, 0.4),
+                "length/reasoning/p90": noisy(35, 0.8),
                 "length/answer/mean": noisy(5.5, 0.25),
+                "length/cut_frac": abs(noisy(0.0, 0.002)),
                 "reward/verifiable/mean": noisy(0.83 + 0.08 * progress, 0.025),
                 "reward/prmu/mean": noisy(0.45 + 0.3 * progress, 0.04),
                 "reward/total/mean": noisy(0.71 + 0.13 * progress, 0.03),
@@ -99,6 +101,11 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     ),
     "no readable responses": ("format_escape", toward("failure/format/share", 0.6)),
     "rambling": ("length_drift", toward("length/reasoning/mean", 70)),
+    "some ramble": ("length_drift", toward("length/reasoning/p90", 70)),
+    "the token limit is met": (
+        "length_drift",
+        several(toward("length/cut_frac", 0.5), toward("failure/format/share", 0.5)),
+    ),
     "no reasoning": ("length_drift", toward("length/reasoning/mean", 4)),
     "chains in the answer": ("length_drift", toward("length/answer/mean", 40)),
     "PRMU is flattered": (

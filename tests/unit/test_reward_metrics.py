@@ -33,6 +33,7 @@ def info(tags: str, total: float = 1.0, reasoning: float = 30.0, **others: Any) 
     sequence = tags.split()
     return {
         "score": total, "total": total, "verifiable": total, "repetition": 0.0, "format": 1.0, "tag": 0.0, "failure": "",
+        "finished": 1.0,
         "prmu": 0.5, "prmu_unknown_user": 0.0, "prmu_seconds": 0.2,
         "reasoning_tokens": reasoning, "answer_tokens": 4.0, "tags": tags,
         "segments": float(len(sequence)), "empty_segments": 0.0, **others,
@@ -100,6 +101,8 @@ def test_failures_by_reason_with_zeros() -> None:
     assert found["failure/no_think/share"] == found["failure/tag_nested/share"] == 0.5
     assert found["failure/format/share"] == found["tags/valid_frac"] == 0.5
     assert found["failure/truncated/share"] == 0.0
+    cut = metrics(info(""), info("", finished=0.0), info("", finished=0.0), info(""))
+    assert (found["length/cut_frac"], cut["length/cut_frac"]) == (0.0, 0.5)
     assert metrics(info("", failure="new_check"))["failure/new_check/share"] == 1.0
 
 

@@ -33,7 +33,6 @@ VERLS = {
     "actor/pg_clipfrac": ("actor/pg_clipfrac", "trainer/ppo/core_algos.py"),
     "actor/grad_norm": ("grad_norm", "workers/engine_workers.py"),
     "objective/<name>": ("objective/", None),
-    "response_length/clip_ratio": ("response_length/clip_ratio", "trainer/ppo/metric_utils.py"),
     "training/rollout_probs_diff_max": ("training/rollout_probs_diff_max", "utils/debug/metrics.py"),
     "training/rollout_probs_diff_mean": ("training/rollout_probs_diff_mean", "utils/debug/metrics.py"),
     "training/rollout_actor_probs_pearson_corr": ("rollout_actor_probs_pearson_corr", "utils/debug/metrics.py"),
