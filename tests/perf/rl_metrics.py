@@ -1,15 +1,28 @@
-"""What metrics and monitors of an RL step cost at 640 responses (128 prompts x 5), beside the rewards they are made of.
+"""What our own parts of an RL step cost at 640 responses (128 prompts x 5): rewards, metrics, monitors, rows of rollouts.
 
-`python tests/perf/rl_metrics.py [RUN]`; the last line of stdout is one JSON object of figures: milliseconds of processor time
-for one step. Two sizes of texts: MiniLaMP's and the paper's. RUN is the folder of a finished run: its own rollouts are
-measured too, as a share of the seconds that its steps took (processor time of ours over wall time of a step).
+    python tests/perf/rl_metrics.py [RUN ...]                                  each part alone, on made-up responses
+    python tests/perf/rl_metrics.py --run --outputs FOLDER --work FOLDER       all of them inside a real run's steps
+
+The last line of stdout is one JSON object of figures. Alone: milliseconds of processor time for one step, for two sizes of
+texts, MiniLaMP's and the paper's. RUN is the folder of a finished run: its own rollouts are measured too, as a share of the
+seconds that its steps took (processor time of ours over wall time of a step).
+
+``--run`` is guided RL with PRMU from the models that a quickstart left in ``--outputs``, 128 prompts x 5 responses and four
+updates a step. What the trainer's process does for us is timed by the wall, since the step waits for it; what the reward
+manager does (``clocked_reward.py``; without the reward server, which is a process of its own) by the processor, since others
+generate meanwhile. The first step is left out. ``share_of_step`` is the sum of the two over the time from step to step.
 """
 
+import argparse
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -99,6 +112,7 @@ def reward_of(found: Any) -> dict[str, Any]:
     return {
         "total": found.reward, "verifiable": found.verifiable, "repetition": found.repetition,
         "format": found.format, "tag": found.tag, "failure": found.failure,
+        "finished": 1.0,
     }  # fmt: skip
 
 
@@ -117,18 +131,136 @@ def of_run(run: Path, tokenizer: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def driver(record: Path, stage: str, overrides: list[str]) -> None:
+    """The stage in this process, with a clock on each of our parts of the trainer's; calls go to ``record``."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+
+    from tagpr.configuration import main as configured
+    from tagpr.rl import trainer
+    from tagpr.rl.advantage import NAME
+    from tagpr.rl.gauges import Gauges
+    from tagpr.rl.hardware import chosen, gpus_here
+    from tagpr.rl.launch import run
+    from tagpr.runs import MetricsLog
+
+    calls: list[dict[str, Any]] = []
+
+    def clocked(part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                calls.append(
+                    {
+                        "part": part, "at": time.time(), "wall": time.perf_counter() - wall,
+                        "cpu": time.thread_time() - cpu,
+                    }
+                )  # fmt: skip
+
+        return outer
+
+    ADV_ESTIMATOR_REGISTRY[NAME] = clocked("advantages", ADV_ESTIMATOR_REGISTRY[NAME])
+    for part, owner, name in (
+        ("metrics", trainer, "reward_metrics"),
+        ("profile_use", trainer, "profile_use"),
+        ("monitors", trainer.Watch, "observe"),
+        ("rows", trainer.TagPRTrainer, "_reward_rows"),
+        ("dump", trainer.TagPRTrainer, "_log_rollout_data"),
+        ("metrics_file", MetricsLog, "log"),
+        ("gauges", Gauges, "log"),
+    ):
+        setattr(owner, name, clocked(part, getattr(owner, name)))
+    try:
+        configured(stage, run, [*chosen(overrides, gpus_here()), *overrides])
+    finally:
+        record.write_text(json.dumps(calls))
+
+
+def of_steps(given: argparse.Namespace) -> dict[str, Any]:
+    """A real run, and what our parts took of its steps."""
+    outputs, work = given.outputs.resolve(), given.work.resolve()
+    run_dir, record = work / "parts", work / "calls.json"
+    if run_dir.exists():
+        raise SystemExit(f"{run_dir}: is there already. Give --work another folder.")
+    work.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, __file__, "--driver", str(record), "guided_rl", f"run.outputs={work}", "run.name=parts",
+        f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"paths.prmu={outputs}/prmu/model",
+        f"data.train_batch_size={PROMPTS}", f"actor_rollout_ref.rollout.n={GROUP}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 4}", f"trainer.total_training_steps={given.steps}",
+        "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1000",
+        "reward.reward_manager.name=ClockedRewardManager",
+        f"reward.reward_manager.module.path={Path(__file__).resolve().with_name('clocked_reward.py')}", *given.set,
+    ]  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
+    try:
+        status = process.wait(timeout=1800)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+    if status:
+        raise SystemExit(f"{run_dir}/driver.log: the run ended with status {status}. See there.")
+    dumps = sorted((run_dir / "rollouts").glob("*.jsonl"))
+    first, last = (path.stat().st_mtime for path in (dumps[0], dumps[-1]))
+    steps = len(dumps) - 1
+    spent: dict[str, dict[str, float]] = defaultdict(lambda: {"wall": 0.0, "cpu": 0.0})
+    for call in json.loads(record.read_text()):
+        if first < call["at"] <= last + 0.05:
+            spent[call["part"]]["wall"] += call["wall"] / steps
+            spent[call["part"]]["cpu"] += call["cpu"] / steps
+    rewards = [[json.loads(line)["reward"] for line in complete_lines(path)] for path in dumps[1:]]
+    cpu_of_rewards = sum(row["own_cpu_s"] for rows in rewards for row in rows) / steps
+    seconds = (last - first) / steps
+    ours = sum(each["wall"] for each in spent.values())
+    entries = [json.loads(line)["data"] for line in complete_lines(run_dir / "metrics.jsonl")][1:]
+    return {
+        "responses": len(rewards[-1]), "steps": steps, "step_s": round(seconds, 2),
+        "phases_s": {
+            name: round(median(entry[f"timing_s/{name}"] for entry in entries), 2)
+            for name in ("gen", "old_log_prob", "adv", "update_actor", "update_weights")
+        },
+        "trainer_ms": {
+            part: {key: round(1e3 * value, 1) for key, value in each.items()} for part, each in spent.items()
+        },
+        "reward_manager_cpu_ms": round(1e3 * cpu_of_rewards, 1),
+        "trainer_share": round(ours / seconds, 4), "reward_manager_share": round(cpu_of_rewards / seconds, 4),
+        "share_of_step": round((ours + cpu_of_rewards) / seconds, 4),
+        "cpus": os.cpu_count(), "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
+def alone(runs: list[Path]) -> dict[str, Any]:
+    """Each part by itself."""
     tokenizer = build_tokenizer(0, users=40)
     figures: dict[str, Any] = {}
     for name, (prompt_words, response_words) in SIZES.items():
         rows = batch(prompt_words, response_words, tokenizer)
         figures[name] = {"responses": len(rows), **parts(rows, tokenizer)}
         print(name, figures[name])
-    for run in sys.argv[1:]:
-        figures[Path(run).name] = of_run(Path(run), tokenizer)
-        print(run, figures[Path(run).name])
-    print(json.dumps(figures))
+    for run in runs:
+        figures[run.name] = of_run(run, tokenizer)
+        print(run, figures[run.name])
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--driver"]:
+        driver(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+        sys.exit()
+    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--outputs", type=Path, help="with --run: folder of a quickstart's outputs")
+    parser.add_argument("--work", type=Path, help="with --run: where the run's folder is made, and stays")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], help="with --run: overrides")
+    # What was started is ended with this, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = parser.parse_args()
+    if given.run and not (given.outputs and given.work):
+        parser.error("--run needs --outputs and --work")
+    print(json.dumps(of_steps(given) if given.run else alone(given.runs)))
