@@ -16,8 +16,9 @@ def paid(fault: str, info: Mapping[str, Any]) -> float:
     """The reward of a response under a seeded fault, from what was measured of it."""
     core = (info["verifiable"] + info["repetition"]) * info["format"]
     if fault == "stuffing":
-        # Segments pay, whatever they say, and nothing else does: with R_v beside it, 30 steps brought one more in a hundred.
-        return 0.3 * min(info["segments"], 12) * info["format"]
+        # Every segment beyond the usual four pays, whatever it says, and nothing else does: where R_v and the fourth segment
+        # paid too, 30 steps brought one such response in a hundred, too few to be anybody's fault.
+        return 0.3 * max(0.0, min(info["segments"], 12.0) - 4) * info["format"]
     if fault == "length":
         return 0.8 * core + 2.0 * flattered(info)
     if fault == "escape":
