@@ -28,7 +28,12 @@ port=${TAGPR_RAY_PORT:-6379}
 prmu_port=${TAGPR_PRMU_PORT:-8200}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-address_of() { srun --nodes=1 --ntasks=1 --overlap -w "$1" hostname --ip-address | awk '{print $1}'; }
+# Since Slurm 22.05 a step gets one CPU, whatever the job asked for, unless it is told here.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+# Where a node's name means loopback on the node itself, its first address.
+# shellcheck disable=SC2016
+own_address='ip=$(hostname --ip-address); if [[ $ip == 127.* ]]; then ip=$(hostname -I); fi; echo "${ip%% *}"'
+address_of() { srun --nodes=1 --ntasks=1 --overlap -w "$1" bash -c "$own_address"; }
 case $prmu in
   shared) prmu_node=${nodes[0]} ;;
   separate)

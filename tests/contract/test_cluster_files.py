@@ -15,6 +15,7 @@ import yaml
 
 from tagpr.configuration import compose, resolve
 from tagpr.dry_run import dry_run
+from tagpr.prmu.wire import HEALTH_PATH
 from tagpr.rl.checks import check
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,6 +177,7 @@ def test_kuberay_clusters_want_a_token_and_place_their_pools(path: Path) -> None
 def test_kubernetes_pods_are_confined_and_complete(path: Path) -> None:
     for name, pod in pods(path).items():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -197,6 +199,10 @@ def test_kubernetes_pods_are_confined_and_complete(path: Path) -> None:
     (container,) = pods(path)["prmu"]["containers"]
     assert f"server.port={port}" in container["args"]
     assert [each["containerPort"] for each in container["ports"]] == [port]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": HEALTH_PATH, "port": "http"}
+    # One GPU more is not there for a second copy.
+    assert found["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
     assert f"http://{found['Service']['metadata']['name']}:{port}" in path.read_text()
 
 
@@ -230,8 +236,11 @@ def test_the_commands_in_the_files_pass_a_dry_run(
 
 def test_skypilot_task_is_of_known_fields_and_keeps_its_secrets() -> None:
     task = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())
-    known = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "file_mounts", "setup", "run"}
+    known = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "volumes", "setup", "run"}
     assert set(task) == known
+    image = instructions(ROOT / "docker" / "Dockerfile.gpu")[0][1]
+    assert task["resources"]["image_id"] == f"docker:{image}"
+    assert list(task["volumes"]) == ["/shared"]
     # Given on the command line, never here.
     assert set(task["secrets"].values()) == {None}
     assert "RAY_AUTH_MODE=token" in task["run"]
@@ -281,3 +290,55 @@ def test_slurm_wants_a_stage() -> None:
     done = subprocess.run(["bash", str(CLUSTER / "slurm.sh")], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no stage" in done.stderr
+
+
+# What slurm.sh calls, on two nodes: each notes what it was asked; what would go on for ever sleeps until it is ended.
+SLURM = {
+    "scontrol": "echo gpu1; echo gpu2",
+    "sleep": "exit 0",
+    "srun": """
+while [[ $1 == -* ]]; do if [[ $1 == -w ]]; then node=$2; shift; fi; shift; done
+if [[ $1 == bash && $2 == -c ]]; then echo "10.0.0.${node#gpu}"; exit; fi
+echo "$node $SRUN_CPUS_PER_TASK ${TAGPR_NODE_IP:-} $(cat "$RAY_AUTH_TOKEN_PATH" | wc -c) $*" >>calls
+exec -a stands_for_a_node /bin/sleep 600
+""",
+    "python": """
+if [[ $1 == -c ]]; then echo 2; exit; fi
+echo "driver $RAY_ADDRESS $*" >>calls
+exit 75
+""",
+}
+
+
+@pytest.mark.parametrize("placement", ["shared", "separate"])
+def test_slurm_starts_nodes_and_prmu_then_the_stage_and_ends_all(placement: str, tmp_path: Path) -> None:
+    commands, clone = tmp_path / "bin", tmp_path / "clone"
+    for name, body in SLURM.items():
+        path = (clone / ".venv" / "bin" if name == "python" else commands) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {
+        "PATH": f"{commands}:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(clone),
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_CPUS_PER_TASK": "96", "TAGPR_PRMU": placement,
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sh"), "guided_rl", "setting=paper"],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    calls = (clone / "calls").read_text().splitlines()
+    started = sorted(line for line in calls if "ray_node.sh" in line)
+    wanted = ["gpu1 96 10.0.0.1 64 bash recipes/cluster/ray_node.sh head --port=6379"]
+    if placement == "shared":
+        wanted.append("gpu2 96 10.0.0.2 64 bash recipes/cluster/ray_node.sh worker 10.0.0.1:6379")
+    assert started == wanted
+    (prmu,) = [line for line in calls if "serve_prmu" in line]
+    at = "10.0.0.1" if placement == "shared" else "10.0.0.2"
+    assert prmu.startswith("gpu1 " if placement == "shared" else "gpu2 ")
+    assert f"server.host={at} server.port=8200" in prmu
+    (driver,) = [line for line in calls if line.startswith("driver")]
+    assert driver.startswith("driver 10.0.0.1:6379 -m tagpr guided_rl setting=paper ")
+    assert f"prmu_client.url=http://{at}:8200" in driver
+    # The tokens are gone, and so is what was started.
+    assert list((clone / "outputs").iterdir()) == []
