@@ -37,7 +37,7 @@ from tagpr.rl.resume import check_unchanged, hold, resume
 from tagpr.rl.side_by_side import prepared
 from tagpr.rl.stacks import RUN_DIR
 from tagpr.rl.supervisor import attempt_number, limits_of, patience_s
-from tagpr.rl.waiting import until_there
+from tagpr.rl.waiting import free_gpus, until_there
 from tagpr.rl.watchdog import check_watchdog
 from tagpr.runs import (
     check_model_folder,
@@ -348,14 +348,13 @@ def look_before(config: DictConfig) -> None:
     import ray
 
     alive = sum(node["Alive"] for node in ray.nodes())
-    if attempt_number() > 1:
-        # What the start before had may not be free yet.
-        needed = config.trainer.nnodes * config.trainer.n_gpus_per_node
-        free = ray.available_resources().get("GPU", 0)
-        if free < needed:
-            raise StageError(
-                f"trainer.nnodes={config.trainer.nnodes}: {free:g} of {needed} GPUs are free. Add nodes, or wait for them."
-            )
+    needed = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    free = free_gpus(needed)
+    # What the start before had may not be free yet; in a first start, verl says it.
+    if free < needed and attempt_number() > 1:
+        raise StageError(
+            f"trainer.nnodes={config.trainer.nnodes}: {free:g} of {needed} GPUs are free. Add nodes, or wait for them."
+        )
     alone_here = alive == 1 and config.trainer.nnodes == 1
     if config.launch.preflight is False or (config.launch.preflight == "auto" and alone_here):
         return

@@ -10,7 +10,7 @@ system would; nobody else intervenes. OUTPUTS holds what the stages before have 
 
 Kinds of kill, all by ``kill -9`` of a process and its descendants: worker, reward, driver, head; ``hang``: a rollout worker is
 stopped (SIGSTOP), so that nothing dies and the watchdog has to act. A random kill comes some seconds after a new checkpoint, or,
-every third time, at any moment after the kill before, mostly while the run is still being started again.
+every second time, at any moment after the kill before, mostly while the run is still being started again.
 
 The undisturbed runs (``--plain``, one seed each) are what the killed one's metrics are compared with: means over the last half of
 the steps, and how far the seeds are apart. The last line of stdout is a JSON object.
@@ -276,7 +276,7 @@ class Kill:
 def random_kills(rng: random.Random, number: int) -> list[Kill]:
     kinds = rng.choices(["worker", "reward", "driver", "head"], k=number)
     return [
-        Kill(kind, rng.uniform(5, 60), False) if n % 3 == 2 else Kill(kind, rng.uniform(0, 6))
+        Kill(kind, rng.uniform(5, 60), False) if n % 2 else Kill(kind, rng.uniform(0, 6))
         for n, kind in enumerate(kinds)
     ]
 
