@@ -142,7 +142,8 @@ class TagStuffing(Monitor):
 
     Args:
         empty_rise: fault where the share of segments without text has risen by this much.
-        repeated_rise: the same of segments whose tag stood in the response before.
+        repeated_rise: the same of opening tags that stood in the response before, in chains of wrong tags too: a policy that
+            stuffs gets its closing tags wrong first.
         segments_ratio: fault where there are so many times more segments than at the start, with less text in each:
         segment_tokens_ratio: at most this part of the starting ``tags/segment_tokens/mean``.
         others: of :class:`Monitor`.

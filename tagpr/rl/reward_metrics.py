@@ -43,7 +43,7 @@ NAMES: dict[str, str] = {
     "tags/segments/<statistic>": "segments of a response",
     "tags/distinct/mean": "different tags of a response",
     "tags/empty_frac": "share of segments that say nothing",
-    "tags/repeated_frac": "share of segments whose tag stood in the same response before",
+    "tags/repeated_frac": "share of a readable response's opening tags that it had before, in chains of wrong tags too",
     "tags/segment_tokens/mean": "reasoning tokens for each segment, over responses with segments",
     "tags/order_agreement": "share of pairs of segments with different tags that stand in the vocabulary's order",
     "tags/entropy_bits": "entropy of the tags of readable responses (R_f = 1): 0 if one only is used",
@@ -163,9 +163,11 @@ def _tags(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         metrics[f"tags/coverage/{tag}"] = sum(tag in sequence for sequence in sequences) / len(sequences)
     if segments:
         metrics["tags/empty_frac"] = sum(info["empty_segments"] for info in infos) / segments
-        metrics["tags/repeated_frac"] = 1 - sum(len(set(each)) for each in sequences) / segments
         tagged = sum(info["reasoning_tokens"] for info, each in zip(infos, sequences, strict=True) if each)
         metrics["tags/segment_tokens/mean"] = tagged / segments
+    opened = sum(info["opened_tags"] for info in infos if info["format"])
+    if opened:
+        metrics["tags/repeated_frac"] = sum(info["reopened_tags"] for info in infos if info["format"]) / opened
     # Responses share few sequences: each pair is looked at once.
     ordered = pairs = 0
     for sequence, times in Counter(sequences).items():

@@ -36,7 +36,8 @@ def info(tags: str, total: float = 1.0, reasoning: float = 30.0, **others: Any) 
         "finished": 1.0,
         "prmu": 0.5, "prmu_unknown_user": 0.0, "prmu_seconds": 0.2,
         "reasoning_tokens": reasoning, "answer_tokens": 4.0, "tags": tags,
-        "segments": float(len(sequence)), "empty_segments": 0.0, **others,
+        "segments": float(len(sequence)), "empty_segments": 0.0,
+        "opened_tags": float(len(sequence)), "reopened_tags": float(len(sequence) - len(set(sequence))), **others,
     }  # fmt: skip
 
 
@@ -49,6 +50,13 @@ def test_shape_of_a_whole_response() -> None:
     found = shape(format_response(tagged, "yes"))
     assert found["reasoning_tokens"] == len(tagged)
     assert (found["tags"], found["segments"], found["empty_segments"]) == (f"{TAGS[0]} {TAGS[2]}", 2, 1)
+    assert (found["opened_tags"], found["reopened_tags"]) == (2, 0)
+
+
+def test_tags_of_a_broken_chain_are_counted() -> None:
+    a, b = TAGS[:2]
+    found = shape(f"<think>\n<{a}> x </{b}> <{b}> <{a}> <{a}> <unknown> <{a} </{a}>")
+    assert (found["segments"], found["opened_tags"], found["reopened_tags"]) == (0, 4, 2)
 
 
 @pytest.mark.parametrize(
