@@ -6,7 +6,7 @@ from typing import Any
 
 from verl import DataProto
 
-from tagpr.rl.reward_manager import TagPRRewardManager
+from tagpr.rl.reward_manager import TagPRRewardManager as Honest
 
 
 class Clocked:
@@ -31,7 +31,7 @@ class Clocked:
                 send, given = self.work.throw, error
 
 
-class ClockedRewardManager(TagPRRewardManager):
+class TagPRRewardManager(Honest):
     """Adds ``own_cpu_s`` to what is known of a response: what its reward took, with its share of the requests to PRMU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -190,7 +190,6 @@ def of_steps(given: argparse.Namespace) -> dict[str, Any]:
         f"data.train_batch_size={PROMPTS}", f"actor_rollout_ref.rollout.n={GROUP}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 4}", f"trainer.total_training_steps={given.steps}",
         "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1000",
-        "reward.reward_manager.name=ClockedRewardManager",
         f"reward.reward_manager.module.path={Path(__file__).resolve().with_name('clocked_reward.py')}", *given.set,
     ]  # fmt: skip
     root = Path(__file__).resolve().parents[2]
