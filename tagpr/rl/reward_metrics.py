@@ -96,7 +96,7 @@ def reward_metrics(
         metrics |= _statistics(f"length/{part}", values, STATISTICS)
         for task, own in places.items():
             metrics |= _statistics(f"{task}/length/{part}", values[own], ("mean",))
-    metrics["length/cut_frac"] = np.mean([not info["finished"] for info in infos])
+    metrics["length/cut_frac"] = float(np.mean([not info["finished"] for info in infos]))
     return {name: float(value) for name, value in metrics.items()}
 
 
