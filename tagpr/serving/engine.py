@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 READY_POLL_S = 0.5
 STOP_S = 15.0
+ERROR = re.compile(r"[\w.]*(?:Error|Exception): .+")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class EngineProcess:
     def ended(self) -> str | None:
         """None while it runs, else what it said last."""
         status = self.process.poll()
-        return None if status is None else f"status {status}: {last_line(self.log)}"
+        return None if status is None else f"status {status}: {last_words(self.log)}"
 
 
 @contextmanager
@@ -128,7 +130,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something; of a traceback, its error."""
+def last_words(log: Path) -> str:
+    """The last error that a log names, else the last line that says something."""
     lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "it printed nothing"
+    # What libraries print while a process ends comes after its error.
+    named = (ERROR.search(line) for line in reversed(lines))
+    found = next((match[0] for match in named if match), lines[-1] if lines else "it printed nothing")
+    return found[-300:]

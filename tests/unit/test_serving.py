@@ -18,7 +18,7 @@ from tagpr.evaluation.prompts import PromptRenderer, PromptSettings
 from tagpr.schema import Example, PrmuScore, ProfileItem
 from tagpr.serving.app import Limits, create_app
 from tagpr.serving.asking import Asker, Engine, Served
-from tagpr.serving.engine import vllm_server
+from tagpr.serving.engine import last_words, vllm_server
 from tagpr.serving.profiles import Profiles, UserProfile, read_profiles
 from tagpr.tags import format_response
 
@@ -499,3 +499,20 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(StageError, match="no such model"):
         with vllm_server("m", [], tmp_path / "run", kv_cache_gib=1, on_gpu=False, start_timeout_s=120):
             pass
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", "it printed nothing"),
+        ("loading\nready\n\n", "ready"),
+        (
+            "x\n(APIServer pid=7) ERROR [a.py:1] vllm.EngineDeadError: the core is gone\nleaked functions\nsee https://x\n",
+            "vllm.EngineDeadError: the core is gone",
+        ),
+        ("Traceback\nValueError: too long\n", "ValueError: too long"),
+    ],
+)
+def test_an_engines_last_words_are_its_error(log: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "engine.log").write_text(log)
+    assert last_words(tmp_path / "engine.log") == words
