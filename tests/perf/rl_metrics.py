@@ -133,17 +133,33 @@ def of_run(run: Path, tokenizer: Any) -> dict[str, Any]:
 
 def driver(record: Path, stage: str, overrides: list[str]) -> None:
     """The stage in this process, with a clock on each of our parts of the trainer's; calls go to ``record``."""
+    from tagpr.configuration import main as configured
+    from tagpr.rl import launch
+    from tagpr.rl.hardware import chosen, gpus_here
+
+    calls: list[dict[str, Any]] = []
+    train = launch.train_or_name_the_fault
+
+    def clocked_train(config: Any) -> Any:
+        # Not before: verl and Ray are imported here, which the launcher prepares for.
+        put_clocks(calls)
+        return train(config)
+
+    launch.train_or_name_the_fault = clocked_train
+    try:
+        configured(stage, launch.run, [*chosen(overrides, gpus_here()), *overrides])
+    finally:
+        record.write_text(json.dumps(calls))
+
+
+def put_clocks(calls: list[dict[str, Any]]) -> None:
+    """Record when each of our parts ends, and its seconds."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
-    from tagpr.configuration import main as configured
     from tagpr.rl import trainer
     from tagpr.rl.advantage import NAME
     from tagpr.rl.gauges import Gauges
-    from tagpr.rl.hardware import chosen, gpus_here
-    from tagpr.rl.launch import run
     from tagpr.runs import MetricsLog
-
-    calls: list[dict[str, Any]] = []
 
     def clocked(part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def outer(*args: Any, **kwargs: Any) -> Any:
@@ -151,12 +167,8 @@ def driver(record: Path, stage: str, overrides: list[str]) -> None:
             try:
                 return inner(*args, **kwargs)
             finally:
-                calls.append(
-                    {
-                        "part": part, "at": time.time(), "wall": time.perf_counter() - wall,
-                        "cpu": time.thread_time() - cpu,
-                    }
-                )  # fmt: skip
+                spent = {"wall": time.perf_counter() - wall, "cpu": time.thread_time() - cpu}
+                calls.append({"part": part, "at": time.time(), **spent})
 
         return outer
 
@@ -171,10 +183,6 @@ def driver(record: Path, stage: str, overrides: list[str]) -> None:
         ("gauges", Gauges, "log"),
     ):
         setattr(owner, name, clocked(part, getattr(owner, name)))
-    try:
-        configured(stage, run, [*chosen(overrides, gpus_here()), *overrides])
-    finally:
-        record.write_text(json.dumps(calls))
 
 
 def of_steps(given: argparse.Namespace) -> dict[str, Any]:
