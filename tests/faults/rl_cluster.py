@@ -413,12 +413,17 @@ def main() -> int:
         if wanted:
             name = options.name or ("random" if options.random else "killed")
             report["killed"] = struck(cluster, name, wanted, options.steps, until)
-        report["plain"] = [undisturbed(cluster, seed, options.steps, until) for seed in range(options.plain)]
+        report["plain"] = []
+        for seed in range(options.plain):
+            if time.monotonic() < until:
+                report["plain"].append(undisturbed(cluster, seed, options.steps, until))
     print(json.dumps(report))
     ended_well = all(
         each["status"] == 0 for each in [*report["plain"], *([report["killed"]] if wanted else [])]
     )
-    whole = not wanted or (report["killed"]["gapless"] and report["killed"]["killed"] == len(wanted))
+    whole = len(report["plain"]) == options.plain and (
+        not wanted or (report["killed"]["gapless"] and report["killed"]["killed"] == len(wanted))
+    )
     return 0 if ended_well and whole else 1
 
 
