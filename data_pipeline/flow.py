@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from data_pipeline.endpoint import Endpoint, PendingError, Unit, stream
 from data_pipeline.eta import CHAINS, EXPLORATORY
-from data_pipeline.exploratory import draw_chains, explore
+from data_pipeline.exploration import draw_chains, explore
 from data_pipeline.filters import chain_problem
 from data_pipeline.funnel import Funnel
 from data_pipeline.judge import judge_chain

@@ -10,18 +10,20 @@ import os
 import sqlite3
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from data_pipeline.sqlite_file import naming
 from tagpr.chat.client import Reply
 from tagpr.errors import StageError
 
 LAYOUT = 2
+REMEDY = "Check the disk and run again, or set chains.ledger to a new file: what was committed is kept."
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS unit (
     key TEXT PRIMARY KEY,
@@ -111,7 +113,7 @@ class Ledger:
             raise
 
     def _open(self) -> None:
-        try:
+        with naming(self.path, REMEDY):
             self._database = sqlite3.connect(self.path)
             self._database.execute("PRAGMA journal_mode=WAL")
             # NORMAL: a commit outlives this process; only a power cut can take the last ones back.
@@ -125,8 +127,6 @@ class Ledger:
             self._database.executescript(SCHEMA)
             self._database.execute(f"PRAGMA user_version={LAYOUT}")
             self._database.commit()
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
         for suffix in ("", "-wal", "-shm"):
             # Replies to private data are nobody else's business.
             with suppress(FileNotFoundError):
@@ -188,7 +188,7 @@ class Ledger:
         """
         if not self._pending:
             return
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.executemany(
                 "INSERT OR REPLACE INTO unit VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", list(self._pending.values())
             )
@@ -205,7 +205,7 @@ class Ledger:
         Raises:
             StageError: the file cannot be written.
         """
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (name, value))
 
     def spent(self) -> list[Spent]:
@@ -232,20 +232,6 @@ class Ledger:
         finally:
             self._database.close()
             self._lock.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with self._database:
-                yield
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
-
-    def _broken(self, error: sqlite3.Error) -> StageError:
-        return StageError(
-            f"{self.path}: SQLite cannot use this file ({error}). Check the disk and run again, or set chains.ledger to "
-            "a new file: what was committed is kept."
-        )
 
 
 def spent(database: sqlite3.Connection) -> list[Spent]:

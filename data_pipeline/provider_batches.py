@@ -25,6 +25,7 @@ import openai
 from data_pipeline.batch_file import URL, read_answer, request_line
 from data_pipeline.ledger import Ledger
 from data_pipeline.settings import BatchSettings
+from data_pipeline.sqlite_file import naming
 from tagpr.chat.asking import RequestRefusedError
 from tagpr.chat.cost import Budget, BudgetReachedError, most_tokens
 from tagpr.errors import ConfigError, StageError
@@ -34,6 +35,7 @@ for _chatty in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
     # A line per call; the openai client has changed its HTTP library between versions.
     logging.getLogger(_chatty).setLevel(logging.WARNING)
 
+REMEDY = "Check the disk and run again: what was committed is kept."
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS batch (
     number INTEGER PRIMARY KEY,
@@ -131,7 +133,7 @@ class Batches:
         self._run = uuid.uuid4().hex
         # Not in the file yet: an open transaction here would keep the ledger from writing.
         self._added: dict[str, tuple[Any, ...]] = {}
-        with self._safely():
+        with naming(ledger.path, REMEDY):
             # The ledger's lock is ours; this is a second connection of the same process.
             self._database = sqlite3.connect(ledger.path, timeout=60.0)
             self._database.executescript(SCHEMA)
@@ -259,7 +261,7 @@ class Batches:
             digest.update(line)
         if not chosen:
             return None
-        with self._safely(), self._database:
+        with naming(self._ledger.path, REMEDY), self._database:
             cursor = self._database.execute(
                 "INSERT INTO batch (role, content, requests, created) VALUES (?, ?, ?, ?)",
                 (role, digest.hexdigest(), len(chosen), time.time()),
@@ -313,7 +315,7 @@ class Batches:
                     metadata={_NAME: f"{self._name}-{number}", _CONTENT: content},
                 )
             remote = made.id
-        with self._safely(), self._database:
+        with naming(self._ledger.path, REMEDY), self._database:
             self._database.execute("UPDATE batch SET remote = ? WHERE number = ?", (remote, number))
         return True
 
@@ -429,7 +431,7 @@ class Batches:
         tried: bool = True,
     ) -> tuple[int, int, int]:
         """The batch is done: answered units leave, refused ones stay as such, all others may go out again."""
-        with self._safely(), self._database:
+        with naming(self._ledger.path, REMEDY), self._database:
             self._budget.held -= self._one("SELECT TOTAL(most) FROM batch_unit WHERE batch = ?", (number,))
             self._database.executemany("DELETE FROM batch_unit WHERE key = ?", ((key,) for key in answered))
             self._database.executemany(
@@ -447,7 +449,7 @@ class Batches:
             )
         worst = self._one("SELECT COALESCE(MAX(tries), 0) FROM batch_unit WHERE role = ?", (role,))
         if worst > self._retries:
-            with self._safely(), self._database:
+            with naming(self._ledger.path, REMEDY), self._database:
                 # The next run may try as often again.
                 self._database.execute("UPDATE batch_unit SET tries = 0 WHERE role = ?", (role,))
             raise StageError(
@@ -501,18 +503,8 @@ class Batches:
             "Put a valid key there and run again."
         )
 
-    @contextlib.contextmanager
-    def _safely(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise StageError(
-                f"{self._ledger.path}: SQLite cannot use this file ({error}). Check the disk and run again: what was "
-                "committed is kept."
-            ) from error
-
     def _commit(self) -> None:
-        with self._safely(), self._database:
+        with naming(self._ledger.path, REMEDY), self._database:
             self._database.executemany(
                 "INSERT INTO batch_unit (key, role, kind, model, noted, body, most, run) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (key) DO UPDATE SET run = excluded.run",

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_pipeline.preferences import Brief, Rollouts
-from tagpr.errors import StageError
+from data_pipeline.sqlite_file import naming
 from tagpr.schema import Chain
 
 LAYOUT = 1
+REMEDY = "Check the disk and run again: it is made anew, and nothing is paid for twice."
 SCHEMA = """
 CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE instance (
@@ -105,15 +106,13 @@ class Store:
         self.path = path
         self._uncommitted = 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with naming(path, REMEDY):
             try:
                 self._database = self._open()
             except sqlite3.DatabaseError:
                 # Of another layout, or damaged by a power cut: it is only a copy.
                 self.remove()
                 self._database = self._open()
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
                 os.chmod(f"{path}{suffix}", 0o600)
@@ -150,7 +149,7 @@ class Store:
 
     def note(self, name: str, value: object) -> None:
         """Keep a small value for whoever reads this file meanwhile."""
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.execute("INSERT OR REPLACE INTO note VALUES (?, ?)", (name, json.dumps(value)))
 
     def noted(self, name: str) -> Any:
@@ -172,7 +171,7 @@ class Store:
         When ``make`` has ended, ``blank`` names the examples that keep their blank prompt, and ``notes`` is kept beside them as
         note ``instances``.
         """
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.execute("DELETE FROM chain")
             if self.noted("determinants") == determinants:
                 return
@@ -217,7 +216,7 @@ class Store:
 
     def clear(self) -> None:
         """Forget all chains."""
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.execute("DELETE FROM chain")
 
     def add(self, results: Sequence[Result]) -> None:
@@ -295,33 +294,17 @@ class Store:
 
     def commit(self) -> None:
         """Let readers see everything."""
-        with self._writing():
+        with naming(self.path, REMEDY), self._database:
             self._database.commit()
         self._uncommitted = 0
 
     @contextmanager
     def _batched(self, rows: int) -> Iterator[None]:
-        try:
+        with naming(self.path, REMEDY):
             yield
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
         self._uncommitted += rows
         if self._uncommitted >= _COMMIT_ROWS:
             self.commit()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with self._database:
-                yield
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
-
-    def _broken(self, error: sqlite3.Error) -> StageError:
-        return StageError(
-            f"{self.path}: SQLite cannot write this file ({error}). Check the disk and run again: "
-            "it is made anew, and nothing is paid for twice."
-        )
 
 
 def _chain(row: Sequence[Any]) -> Chain:

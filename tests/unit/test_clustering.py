@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_pipeline.clustering import Clustering, cluster, features, merge_spellings, normalise
 from data_pipeline.clustering_report import render
 from data_pipeline.endpoint import Unit
-from data_pipeline.exploratory import Proposal, explore
+from data_pipeline.exploration import explore
+from data_pipeline.exploratory import Proposal
 from data_pipeline.mapping import (
     Entry,
     is_edited,

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.endpoint import Unit
-from data_pipeline.exploratory import ExploratoryTagging, draw_chains
+from data_pipeline.exploration import draw_chains
+from data_pipeline.exploratory import ExploratoryTagging
 from data_pipeline.pieces import cut, numbered
 from data_pipeline.settings import read_settings
 from data_pipeline.simulated_tagger import SimulatedTagger
