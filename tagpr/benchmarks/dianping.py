@@ -12,7 +12,6 @@ and are ours.
 
 import hashlib
 import heapq
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tagpr.benchmarks.json_array import refuse_html
+from tagpr.benchmarks.json_objects import read_json_lines
 from tagpr.benchmarks.rows import example, is_text
 from tagpr.benchmarks.task import Fields, Task
 from tagpr.errors import ConfigError, DataError
@@ -186,7 +185,7 @@ def _newest(path: Path, selection: Selection, counts: Counter[str]) -> dict[str,
     users: dict[str, list[_Post]] = {}
     ids: dict[str, int] = {}
     contents: set[bytes] = set()
-    for number, raw in _lines(path):
+    for number, raw in _posts(path):
         where = f"{path}:{number}"
         for key in ("user_id", "post_id"):
             if not is_text(raw.get(key)):
@@ -252,21 +251,9 @@ def _when(date: object, where: str) -> datetime:
     return when.astimezone(UTC).replace(tzinfo=None) if when.tzinfo else when
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _posts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with Path(path).open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    refuse_html(path, line[:100].decode("utf-8", errors="replace"))
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number}: is no JSON ({error}). Mend the line.") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: is no JSON object. Mend the line.")
-                yield number, row
+        yield from read_json_lines(Path(path), "Mend the line.")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Put posts there, one JSON object a line."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tagpr.benchmarks.answers import parse_label
-from tagpr.benchmarks.json_array import read_objects, refuse_html
+from tagpr.benchmarks.json_objects import read_objects, refuse_html
 from tagpr.benchmarks.rows import DERIVED_USER as DERIVED_USER
 from tagpr.benchmarks.rows import example, is_scalar, profile_item
 from tagpr.benchmarks.task import Fields, Kind, Task

@@ -12,7 +12,6 @@ official code; both are read.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tagpr.benchmarks.json_array import read_objects, refuse_html
+from tagpr.benchmarks.json_objects import read_json_lines, read_objects
 from tagpr.benchmarks.rows import example, first_scalar, is_text
 from tagpr.benchmarks.task import Fields, Task
 from tagpr.errors import ConfigError, DataError
@@ -279,7 +278,11 @@ def _row_count(path: Path) -> int:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if path.suffix == ".parquet":
         return _parquet_rows(path)
-    return read_objects(path) if path.suffix == ".json" else _lines(path)
+    return (
+        read_objects(path)
+        if path.suffix == ".json"
+        else (row for _, row in read_json_lines(path, "Download it again."))
+    )
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -297,19 +300,3 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: is damaged ({type(error).__name__}). Download it again.") from error
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                refuse_html(path, line[:100].decode("utf-8", errors="replace"))
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: is no JSON ({error}). Download it again.") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: is no JSON object. Mend the line.")
-            yield row

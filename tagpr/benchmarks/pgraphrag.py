@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tagpr.benchmarks.answers import parse_label
-from tagpr.benchmarks.json_array import read_objects
+from tagpr.benchmarks.json_objects import read_objects
 from tagpr.benchmarks.rows import example, is_scalar, is_text
 from tagpr.benchmarks.task import Fields, Kind, Task
 from tagpr.errors import ConfigError, DataError

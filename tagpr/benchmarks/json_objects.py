@@ -1,4 +1,4 @@
-"""Read a JSON array of objects element by element: LaMP-3's training questions are 1.7 GB in one array."""
+"""Read the objects of a JSON file one by one: of one array (LaMP-3's training questions are 1.7 GB in one), or one a line."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -40,6 +40,32 @@ def refuse_html(path: Path, beginning: str) -> None:
             f"{path}: holds an HTML page, not JSON. The server answers a wrong address this way: "
             "check the address and download the file again."
         )
+
+
+def read_json_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a file of JSON lines with the number of each, one in memory at a time; empty lines are passed over.
+
+    Args:
+        path: the file.
+        remedy: what to do about a line that is no JSON.
+
+    Raises:
+        DataError: a line is no JSON object, or the file holds a web page.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                refuse_html(path, line[:100].decode("utf-8", errors="replace"))
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: is no JSON ({error}). {remedy}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: is no JSON object. Mend the line.")
+            yield number, row
 
 
 class _Reader:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagpr.benchmarks import json_array
-from tagpr.benchmarks.json_array import _Reader, read_objects
+from tagpr.benchmarks import json_objects
+from tagpr.benchmarks.json_objects import _Reader, read_objects
 from tagpr.errors import DataError
 
 VALUES = st.recursive(
@@ -90,7 +90,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
 
 
 def test_memory_holds_a_buffer_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "_CHUNK_CHARS", 1000)
+    monkeypatch.setattr(json_objects, "_CHUNK_CHARS", 1000)
     text = json.dumps([{"id": index, "text": "x" * 300} for index in range(200)])
     largest = 0
     position = 0
