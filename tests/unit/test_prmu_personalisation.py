@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from minilamp_pairs import make_pairs, twins
 from prmu_tiny import make_base
 from test_prmu_train import habit_pairs, write
 
-from tagpr.benchmarks.minilamp.pairs import make_pairs, twins
 from tagpr.benchmarks.storage import write_examples
 from tagpr.configuration import compose, resolve
 from tagpr.errors import DataError, StageError
