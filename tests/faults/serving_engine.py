@@ -33,7 +33,7 @@ from tagpr.errors import RunFault  # noqa: E402
 CALLERS = 24
 SAMPLES = 4
 # None of these is a figure of merit: a machine that is busy is slow, and a hang is longer.
-START_S = 600
+START_S = 1500
 ENDED_S = 180
 BEFORE_KILL_S = 4.0
 QUERY = "Generate a headline for the following article: boats and rain"
