@@ -1,16 +1,18 @@
 """What we override or call in verl has the shape that we rely on, and each trap that we step around is still one."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
+from transfer_queue import KVBatchMeta, TransferQueueClient
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ, replay_buffer, trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from verl.utils import tracking
+from verl.utils import tracking, transferqueue_utils
 
 from tagpr.rl.replay_buffer import FailClosedReplayBuffer, RolloutFailure
 from tagpr.rl.reward_manager import TagPRRewardManager
-from tagpr.rl.trainer import TagPRTrainer
+from tagpr.rl.trainer import TagPRTrainer, tensor_columns
 
 
 def parameters(function) -> list[str]:
@@ -70,3 +72,28 @@ def test_replay_buffer_polls_quickly_and_stops_on_a_failed_group(monkeypatch: py
     rows["b"] = {"is_prompt": True, "status": "failure", "global_steps": 1}
     with pytest.raises(RolloutFailure, match="train"):
         buffer._sync_metadata_from_transfer_queue()
+
+
+def test_balancing_and_fetching_go_through_what_we_replace() -> None:
+    """``_balance_batch`` asks its module's ``get_seqlen_balanced_partitions``; of a batch, its ``fields`` are fetched."""
+    balance = inspect.getsource(PPOTrainerSync._balance_batch)
+    assert "get_seqlen_balanced_partitions(workload_lst, k_partitions=dp_size, equal_size=True)" in balance
+    bridge = inspect.getsource(transferqueue_utils.async_kv_batch_meta2batch_meta)
+    assert "select_fields(fields)" in bridge
+
+
+def test_training_workers_fetch_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"prompts": {"is_non_tensor": False}, "extra_info": {"is_non_tensor": True}}
+    asked = []
+
+    def kv_retrieve_meta(keys: list[str], partition_id: str) -> SimpleNamespace:
+        asked.append((keys, partition_id))
+        return SimpleNamespace(field_schema=schema)
+
+    client = SimpleNamespace(kv_retrieve_meta=kv_retrieve_meta)
+    monkeypatch.setattr("tagpr.rl.trainer.tq.get_client", lambda: client)
+    batch = KVBatchMeta(keys=["a", "b"], tags=[{}, {}], partition_id="train")
+    assert tensor_columns(batch) == ["prompts"]
+    assert asked == [(["a"], "train")]
+    found = inspect.signature(TransferQueueClient.kv_retrieve_meta).parameters
+    assert list(found)[1:3] == ["keys", "partition_id"]
