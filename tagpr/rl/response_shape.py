@@ -1,5 +1,6 @@
 """What one response looks like: lengths and tags, as numbers and strings that verl carries beside its reward."""
 
+from functools import lru_cache
 from typing import Any
 
 from tagpr.tags import THINK_CLOSE, THINK_OPEN, parse_segments, split_response
@@ -28,10 +29,10 @@ def response_shape(text: str, token_ids: list[int], tokenizer: Any) -> dict[str,
     else:
         # A template may have written <think> into the prompt: what comes before </think> was thought all the same.
         reasoning = unopened if closed else ""
-    if closed or not opened:
-        thought_tokens = len(tokenizer.encode(reasoning.strip(), add_special_tokens=False))
+    if closed:
+        thought_tokens = _tokens_before_close(reasoning, bool(opened), text, token_ids, tokenizer)
     else:
-        thought_tokens = len(token_ids)
+        thought_tokens = len(token_ids) if opened else 0
     parsed = parse_segments(split_response(text).reasoning)
     opened_tags = [text.count(f"<{tag}>") for tag in vocabulary()]
     return {
@@ -43,3 +44,31 @@ def response_shape(text: str, token_ids: list[int], tokenizer: Any) -> dict[str,
         "opened_tags": float(sum(opened_tags)),
         "reopened_tags": float(sum(times - 1 for times in opened_tags if times)),
     }
+
+
+def _tokens_before_close(
+    reasoning: str, opened: bool, text: str, token_ids: list[int], tokenizer: Any
+) -> int:
+    """Tokens of the reasoning without blanks around it: counted where each mark is one token, else encoded again."""
+    marks = {mark: _single(tokenizer, mark) for mark in (THINK_OPEN, THINK_CLOSE)}
+    # As many in the tokens as in the text: none was spelled out of smaller pieces.
+    if any(one is None or token_ids.count(one) != text.count(mark) for mark, one in marks.items()):
+        return len(tokenizer.encode(reasoning.strip(), add_special_tokens=False))
+    start = token_ids.index(marks[THINK_OPEN]) + 1 if opened else 0  # type: ignore[arg-type]
+    end = token_ids.index(marks[THINK_CLOSE])  # type: ignore[arg-type]
+    while start < end and _blank(tokenizer, token_ids[start]):
+        start += 1
+    while end > start and _blank(tokenizer, token_ids[end - 1]):
+        end -= 1
+    return end - start
+
+
+@lru_cache(maxsize=16)
+def _single(tokenizer: Any, mark: str) -> int | None:
+    ids = tokenizer.encode(mark, add_special_tokens=False)
+    return ids[0] if len(ids) == 1 else None
+
+
+@lru_cache(maxsize=4096)
+def _blank(tokenizer: Any, token: int) -> bool:
+    return not tokenizer.decode([token]).strip()

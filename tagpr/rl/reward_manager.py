@@ -62,7 +62,7 @@ class TagPRRewardManager(RewardManagerBase):
         Raises:
             RewardServerError: no trustworthy PRMU score within ``prmu_client.deadline_s``.
         """
-        item = data[-1:][0]
+        item = data[-1]
         response_ids = item.batch["responses"]
         length = int(item.batch["attention_mask"][-response_ids.shape[-1] :].sum())
         ids = response_ids[:length].tolist()

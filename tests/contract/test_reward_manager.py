@@ -16,6 +16,7 @@ from verl import DataProto
 from tagpr.configuration import compose
 from tagpr.errors import RewardServerError
 from tagpr.prmu.client import sigmoid
+from tagpr.rl.response_shape import response_shape
 from tagpr.rl.reward_manager import TagPRRewardManager
 from tagpr.rl.reward_metrics import reward_metrics
 from tagpr.tags import format_response
@@ -136,6 +137,27 @@ def test_each_failure_is_named(
     assert info["failure"] == failure
     assert info["finished"] == end
     assert info["total"] < 0.8
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        format_response(TAGGED, "[1]"),
+        f"<think>{TAGGED}</think>[1]",
+        f"{TAGGED}\n</think>\n\n[1]",
+        f"<think>\n\n</think>\n\n{TAGGED}</think>",
+        "<think> \n </think> 1",
+    ],
+)
+def test_reasoning_is_counted_as_if_it_were_encoded_alone(tokenizer, response: str) -> None:
+    ids = tokenizer.encode(response, add_special_tokens=False)
+    reasoning = response.partition("</think>")[0].removeprefix("<think>").strip()
+    encoded = tokenizer.encode(reasoning, add_special_tokens=False)
+    assert response_shape(response, ids, tokenizer)["reasoning_tokens"] == len(encoded)
+    # A mark that was not written as its own token.
+    assert response_shape(response, ids[:-1], tokenizer)["reasoning_tokens"] == len(encoded)
+    forged = [token for token in ids if token != tokenizer.convert_tokens_to_ids("</think>")]
+    assert response_shape(response, forged, tokenizer)["reasoning_tokens"] == len(encoded)
 
 
 def test_every_outcome_has_the_same_keys(tokenizer, server: Server, tmp_path: Path) -> None:

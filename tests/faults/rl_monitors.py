@@ -56,6 +56,10 @@ class Words:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return [zlib.crc32(word.encode()) for word in text.split()]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Not the words: whether there are any."""
+        return " ".join(map(str, ids))
+
 
 class Policy:
     """Writes in one of STYLES; ``logits`` say how often. It begins careless, with a little of everything."""
