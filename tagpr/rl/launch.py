@@ -38,6 +38,7 @@ from tagpr.rl.side_by_side import prepared
 from tagpr.rl.stacks import RUN_DIR
 from tagpr.rl.supervisor import attempt_number, limits_of, patience_s
 from tagpr.rl.waiting import free_gpus, until_there
+from tagpr.rl.warm.server import fork_server
 from tagpr.rl.watchdog import check_watchdog
 from tagpr.runs import (
     check_model_folder,
@@ -296,13 +297,22 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
             yield
         return
     cpus, dashboard = arguments.pop("num_cpus", None), arguments.pop("include_dashboard", False)
-    # verl moves rollouts through the object store: as large as Ray makes it.
-    with local_ray(
-        cpus, dashboard=dashboard, object_store_bytes=None, quiet=False, runtime_env=runtime_env, **arguments
-    ):
-        with prepared(config) if config.trainer.device == "cpu" else nullcontext():
-            check_platform(config)
-        yield
+    on_cpu = config.trainer.device == "cpu"
+    with fork_server(runtime_env["env_vars"]) if on_cpu else nullcontext() as ray_is_up:
+        # verl moves rollouts through the object store: as large as Ray makes it.
+        with local_ray(
+            cpus,
+            dashboard=dashboard,
+            object_store_bytes=None,
+            quiet=False,
+            runtime_env=runtime_env,
+            **arguments,
+        ):
+            if ray_is_up is not None:
+                ray_is_up()
+            with prepared(config) if on_cpu else nullcontext():
+                check_platform(config)
+            yield
 
 
 def verl_runtime_env(config: DictConfig) -> dict[str, Any]:
