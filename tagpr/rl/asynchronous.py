@@ -4,6 +4,11 @@ verl 0.9.1 keeps one batch more in flight than a step takes (``trainer.v1.coloca
 first groups that are done, interrupts the others for the update and lets them go on under the new weights. So the longest
 responses hold nobody up, at the price of responses that are up to a step old. Actor and rollouts still take turns on the same
 devices; rollouts on devices of their own (``separate_async``) need a weight transfer over NCCL and are not supported here.
+
+Measured against synchronous training (``tests/perf/one_step_off.py``; MiniLaMP, 16 steps of 80 responses, two seeds each, two
+busy CPU cores): reward of the last 4 steps 0.832 against 0.840, R_v 0.899 against 0.901, R_v of greedy dev answers 0.945 against
+0.941, each difference less than that between seeds; responses 0.57 versions of the weights old on average, at most 1; 2.5 s a
+step in both: nothing is gained where all responses are short.
 """
 
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
