@@ -312,6 +312,8 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
                 ray_is_up()
             with prepared(config) if on_cpu else nullcontext():
                 check_platform(config)
+                if on_cpu:
+                    import_ahead(config)
             yield
 
 
@@ -347,6 +349,15 @@ def check_platform(config: DictConfig) -> None:
                 f"trainer.device=cpu: verl chose the platform {get_platform().device_name!r}. "
                 "Install the project in this environment (bash recipes/setup.sh) and unset VERL_PLATFORM."
             )
+
+
+def import_ahead(config: DictConfig) -> None:
+    """Import now, while the first workers start, what training would import when all else waits for it (seconds; vLLM)."""
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    import tagpr.rl.trainer  # noqa: F401
+
+    RolloutReplicaRegistry.get(config.actor_rollout_ref.rollout.name)
 
 
 def look_before(config: DictConfig) -> None:

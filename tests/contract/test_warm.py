@@ -191,3 +191,13 @@ def test_vllm_has_what_is_hooked() -> None:
     ):
         assert pattern in platform
     assert all(Path(each).exists() for each in preloaded().split(":"))
+
+
+def test_verl_imports_vllm_when_it_is_asked_for_its_replicas() -> None:
+    """Else importing ahead (tagpr/rl/launch.py) may go."""
+    from verl.workers.rollout import llm_server, replica
+
+    assert "vllm_async_server import vLLMReplica" in inspect.getsource(
+        replica.RolloutReplicaRegistry._registry["vllm"]
+    )
+    assert "get_rollout_replica_class(" in inspect.getsource(llm_server.LLMServerManager.__init__)
