@@ -298,7 +298,8 @@ def ray_cluster(config: DictConfig) -> Iterator[None]:
         return
     cpus, dashboard = arguments.pop("num_cpus", None), arguments.pop("include_dashboard", False)
     on_cpu = config.trainer.device == "cpu"
-    with fork_server(runtime_env["env_vars"]) if on_cpu else nullcontext() as ray_is_up:
+    forks = on_cpu and config.launch.fork_workers
+    with fork_server(runtime_env["env_vars"]) if forks else nullcontext() as ray_is_up:
         # verl moves rollouts through the object store: as large as Ray makes it.
         with local_ray(
             cpus,
@@ -409,10 +410,11 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
     }
     if config.trainer.device == "cpu":
         environment |= {
-            # Rollouts and updates take turns: all cores for each. Threads that wait sleep; spinning, two of them take up to ten
-            # times as long as one as soon as anybody else uses the machine (passive: never longer).
+            # Rollouts and updates take turns: all cores for each. Threads that wait for each other spin for microseconds only: at
+            # OpenMP's own milliseconds two of them take several times as long as one as soon as anybody else uses the machine,
+            # and if they sleep at once two are no faster than one.
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_of_a_worker(config))),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),
             # vLLM compiles one function of its sampler, for seconds of the first step, which is no faster for it.
             "TORCH_COMPILE_DISABLE": "1",
             # GiB; without it each vLLM engine takes half of the machine.
