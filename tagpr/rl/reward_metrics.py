@@ -167,7 +167,9 @@ def _tags(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         metrics["tags/segment_tokens/mean"] = tagged / segments
     opened = sum(info["opened_tags"] for info in infos if info["format"])
     if opened:
-        metrics["tags/repeated_frac"] = sum(info["reopened_tags"] for info in infos if info["format"]) / opened
+        metrics["tags/repeated_frac"] = (
+            sum(info["reopened_tags"] for info in infos if info["format"]) / opened
+        )
     # Responses share few sequences: each pair is looked at once.
     ordered = pairs = 0
     for sequence, times in Counter(sequences).items():
