@@ -214,8 +214,12 @@ async def stream(items: Iterable[Item], work: Callable[[Item], Awaitable[None]],
         async with asyncio.TaskGroup() as group:
             for _ in range(window):
                 group.create_task(worker())
-    except* TagPRError as errors:
-        raise _first(errors) from None
+    except ExceptionGroup as errors:
+        # Not `except*`: in Python 3.11.2 what is raised there comes wrapped in a group again.
+        known, others = errors.split(TagPRError)
+        if known is None or others is not None:
+            raise
+        raise _first(known) from None
 
 
 def _first(errors: BaseExceptionGroup[TagPRError]) -> TagPRError:
