@@ -59,12 +59,12 @@ class CPUFSDPEngineWithLMHead(transformer_impl.FSDPEngineWithLMHead):
     ) -> list[TensorDict]:
         """As verl's, with the responses to a prompt in one micro-batch, where they fit into it."""
         prompts = data.get("prompts", None)
-        if prompts is not None and prompts.is_nested:
+        # Micro-batches of a fixed number of rows would become as many times larger.
+        dynamic = tu.get_non_tensor_data(data=data, key="use_dynamic_bsz", default=True)
+        if dynamic and prompts is not None and prompts.is_nested:
             group = group_size([prompt.tolist() for prompt in prompts.unbind()])
-            lengths = data["input_ids"].offsets().diff().view(-1, group).sum(1)
-            if int(lengths.max()) <= tu.get_non_tensor_data(
-                data=data, key="max_token_len_per_gpu", default=0
-            ):
+            tokens = int(data["input_ids"].offsets().diff().view(-1, group).sum(1).max())
+            if tokens <= tu.get_non_tensor_data(data=data, key="max_token_len_per_gpu", default=0):
                 tu.assign_non_tensor(data, force_group_size=group)
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tagpr.checkpoints import half_written
 from tagpr.errors import RunFault
 
-# What torch, the operating system and Ray's copy of a worker's error say; torch does not always say why.
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What torch, the operating system and Ray's copy of a worker's error say; torch does not always say why.
 WORDS = ("no space left", "errno 28", "disk quota", "file write failed", "unexpected pos")
 NEARLY_FULL_BYTES = 16 * 2**20
 
