@@ -97,22 +97,27 @@ class AdaptiveLimit:
         self._wake()
 
     def _free(self) -> bool:
-        room = self.size + (self.ahead if self._size >= self.ceiling else 0)
-        return self.in_flight < room and asyncio.get_running_loop().time() >= self._open_at
+        return self._room() and asyncio.get_running_loop().time() >= self._open_at
+
+    def _room(self) -> bool:
+        return self.in_flight < self.size + (self.ahead if self._size >= self.ceiling else 0)
 
     def _release(self) -> None:
         self.in_flight -= 1
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and self._free():
+        loop = asyncio.get_running_loop()
+        # Read once: were it closed at one look and open at the next, nobody would let in those who wait.
+        if loop.time() < self._open_at:
+            if self._waiting and self._timer is None:
+                self._timer = loop.call_at(self._open_at, self._opened)
+            return
+        while self._waiting and self._room():
             future = self._waiting.popleft()
             if not future.done():
                 self.in_flight += 1
                 future.set_result(None)
-        loop = asyncio.get_running_loop()
-        if self._waiting and loop.time() < self._open_at and self._timer is None:
-            self._timer = loop.call_at(self._open_at, self._opened)
 
     def _opened(self) -> None:
         self._timer = None

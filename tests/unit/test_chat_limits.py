@@ -65,6 +65,29 @@ def test_retry_after_holds_everybody_back_and_the_longest_wins() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("looks", range(6))
+def test_nobody_is_forgotten_when_the_pause_ends_between_two_looks_at_the_clock(looks: int) -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        limit = AdaptiveLimit(8)
+        real, left = loop.time, looks
+        limit.pause(0.02)
+        opens = real() + 0.02
+
+        def clock() -> float:
+            nonlocal left
+            left -= 1
+            return max(real(), opens) if left < 0 else min(real(), opens - 0.001)
+
+        loop.time = clock  # type: ignore[method-assign]
+        try:
+            await asyncio.wait_for(limit.__aenter__(), 5.0)
+        finally:
+            loop.time = real  # type: ignore[method-assign]
+
+    asyncio.run(work())
+
+
 def test_it_finds_a_server_s_limit_and_stays_near_it() -> None:
     """Against a server that bears 40 at once, with a ceiling of 200: most of the 40 in use, few refusals."""
 
