@@ -103,3 +103,27 @@ def test_still_needed_without_ascend() -> None:
     assert "from vllm" in (folder / "hccl_checkpoint_engine.py").read_text("utf-8"), (
         "verl's engine for Ascend no longer imports vLLM"
     )
+
+
+def test_vllm_has_what_makes_rollouts_faster() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    step = inspect.getsource(EngineCoreProc._process_engine_step)
+    assert "self.output_queue.put_nowait(output)" in step
+    assert "self.requests: dict[str, Request] = {}" in inspect.getsource(Scheduler.__init__)
+    assert "return compiled_random_sample(logits)" in inspect.getsource(
+        topk_topp_sampler.TopKTopPSampler.forward_cpu
+    )
+    assert "exponential_()" in inspect.getsource(topk_topp_sampler)
+
+
+def test_attention_knows_the_kernel_that_tells_its_sums() -> None:
+    """Private ones of torch; a change of their arguments is to be seen here and not in a run."""
+    names = {
+        "_scaled_dot_product_flash_attention_for_cpu": 7,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": 10,
+    }
+    for name, arguments in names.items():
+        assert len(getattr(torch.ops.aten, name).default._schema.arguments) == arguments
