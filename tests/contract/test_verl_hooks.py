@@ -1,7 +1,10 @@
 """What we override or call in verl has the shape that we rely on, and each trap that we step around is still one."""
 
 import inspect
+import random
+import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transfer_queue import KVBatchMeta, TransferQueueClient
@@ -10,7 +13,13 @@ from verl.trainer.ppo.v1 import AgentLoopManagerTQ, replay_buffer, trainer_base
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tracking, transferqueue_utils
 
-from tagpr.rl.replay_buffer import FailClosedReplayBuffer, RolloutFailure
+from tagpr.rl.replay_buffer import (
+    LONGEST_POLL_S,
+    SHORTEST_POLL_S,
+    FailClosedReplayBuffer,
+    FailClosedReplayBufferAsync,
+    RolloutFailure,
+)
 from tagpr.rl.reward_manager import TagPRRewardManager
 from tagpr.rl.trainer import TagPRTrainer, tensor_columns
 
@@ -57,21 +66,73 @@ def test_trap_components_are_not_logged() -> None:
         assert "reward_extra_info[" not in inspect.getsource(method), "verl logs reward components now"
 
 
-def test_replay_buffer_polls_quickly_and_stops_on_a_failed_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = FailClosedReplayBuffer(
-        trainer_mode="sync",
+def buffer_of(kind: type[FailClosedReplayBuffer | FailClosedReplayBufferAsync], mode: str) -> Any:
+    return kind(
+        trainer_mode=mode,
         trainer_config={},
         max_off_policy_threshold=None,
         max_off_policy_strategy="drop",
         sampler_kwargs={},
     )
-    assert buffer.poll_interval == 0.02
+
+
+def test_replay_buffer_stops_on_a_failed_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = buffer_of(FailClosedReplayBuffer, "sync")
     rows = {"a": {"is_prompt": True, "status": "finished", "global_steps": 1}}
     monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: {"train": rows})
     buffer._sync_metadata_from_transfer_queue()
     rows["b"] = {"is_prompt": True, "status": "failure", "global_steps": 1}
     with pytest.raises(RolloutFailure, match="train"):
         buffer._sync_metadata_from_transfer_queue()
+
+
+def test_replay_buffer_polls_the_less_often_the_longer_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = buffer_of(FailClosedReplayBuffer, "sync")
+    now, slept = 100.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        slept.append(seconds)
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    while now < 400.0:
+        buffer._wait_for_next_poll("train", time.time())
+    assert slept[0] == SHORTEST_POLL_S
+    assert slept == sorted(slept)
+    assert slept[-1] == LONGEST_POLL_S
+    assert len(slept) < 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [(FailClosedReplayBuffer, "sync"), (FailClosedReplayBufferAsync, "colocate_async")]
+)
+def test_replay_buffer_hands_out_whole_groups_in_the_order_of_their_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[FailClosedReplayBuffer | FailClosedReplayBufferAsync],
+    mode: str,
+) -> None:
+    """Whatever was finished first; with ten responses and more, 10 comes after 9."""
+    prompts = [f"prompt-{letter}" for letter in "cab"]
+    responses = [f"{prompt}_{n}_0" for prompt in prompts for n in range(11)]
+    listed = {key: {"is_prompt": True, "status": "finished", "global_steps": 1} for key in prompts}
+    for key in random.Random(0).sample(responses, len(responses)):
+        listed[key] = {"seq_len": len(listed)}
+    monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: {"train": listed})
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda **_: None)
+    batch, _ = buffer_of(kind, mode).sample(global_steps=1, partition_id="train", batch_size=3)
+    assert batch.keys == responses
+    assert [tag["seq_len"] for tag in batch.tags] == [listed[key]["seq_len"] for key in responses]
+
+
+def test_trap_rows_come_as_they_were_finished() -> None:
+    source = inspect.getsource(replay_buffer.ReplayBuffer._materialize_batch)
+    assert "for key, tag in partition_snapshot.items():" in source, "verl sorts rows now: ours may go"
+    for name in ("_materialize_batch", "_wait_for_next_poll"):
+        assert parameters(getattr(FailClosedReplayBuffer, name)) == parameters(
+            getattr(replay_buffer.ReplayBuffer, name)
+        )
 
 
 def test_balancing_and_fetching_go_through_what_we_replace() -> None:
