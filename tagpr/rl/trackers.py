@@ -9,6 +9,7 @@ import os
 import secrets
 import string
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def after_tracking(run_dir: Path, made: Mapping[str, Any], resumed: int) -> None
         writer = made["tensorboard"].writer
         writer.purge_step = resumed + 1 if resumed else 0
         writer.close()
+        made["tensorboard"].log = partial(log_at_once, writer)
+
+
+def log_at_once(writer: Any, data: Mapping[str, Any], step: int) -> None:
+    """The metrics of a step as one event of TensorBoard's.
+
+    verl adds hundreds of them, one by one, to a queue that holds ten, and waits for the thread that empties it.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard.summary import scalar
+
+    values = [value for name in data for value in scalar(name, data[name]).value]
+    writer._get_file_writer().add_summary(Summary(value=values), step)
 
 
 def flush(made: Mapping[str, Any]) -> None:

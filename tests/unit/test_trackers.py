@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tagpr.rl.trackers import after_tracking, before_tracking, flush, new_id
@@ -92,6 +93,28 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [
         (0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
+
+
+def test_tensorboard_gets_a_step_in_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from verl.utils.tracking import _TensorboardAdapter
+
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "tensorboard"))
+    data = {f"part/{n}": n / 3 for n in range(300)} | {"integer": 4, "numpy": np.float64(0.5)}
+    adapter = _TensorboardAdapter("tagpr", "run")
+    after_tracking(tmp_path, {"tensorboard": adapter}, 0)
+    events = []
+    file = adapter.writer._get_file_writer()
+    write = file.event_writer.add_event
+    monkeypatch.setattr(file.event_writer, "add_event", lambda event: (events.append(event), write(event)))
+    adapter.log(data, 7)
+    adapter.finish()
+    assert len(events) == 1
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    assert {name: read.Scalars(name)[0].step for name in read.Tags()["scalars"]} == dict.fromkeys(data, 7)
+    for name, value in data.items():
+        assert read.Scalars(name)[0].value == pytest.approx(float(value))
 
 
 def test_a_kill_after_a_checkpoint_takes_nothing_from_the_curves(
