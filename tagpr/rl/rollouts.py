@@ -7,6 +7,7 @@ Things that verl 0.9.1 does per response and that can be done for many at once, 
   another is on its way wait for it and go together.
 - vLLM hands out every response once a token, cumulatively, with its log-probabilities and text; only the last is looked at.
 - Hydra builds an agent loop object for each response, out of the whole configuration; a single turn keeps nothing in it.
+- A prompt is rendered and tokenized again for each response of its group.
 - Where there is one rollout engine there is nothing to balance, and no process needed that does it.
 - ``reward.num_workers: 0`` scores responses in the worker that asked for them, instead of sending each through Ray to a process
   of its own.
@@ -147,6 +148,27 @@ class RolloutServers(LLMServerManager):
         )
 
 
+class SingleTurn(SingleTurnAgentLoop):
+    """A single turn, whose prompt is tokenized once for all that ask at the same time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tokenizing: dict[tuple[tuple[str, str], ...], asyncio.Task[list[int]]] = {}
+
+    async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], **more: Any) -> list[int]:
+        """Token ids of a prompt; ``more`` (tools, images, ...) as verl's."""
+        if any(more.values()) or not all(isinstance(each["content"], str) for each in messages):
+            return await super().ct_build_initial_tokens(messages, **more)
+        key = tuple((each["role"], each["content"]) for each in messages)
+        task = self._tokenizing.get(key)
+        if task is None:
+            task = asyncio.create_task(super().ct_build_initial_tokens(messages))
+            self._tokenizing[key] = task
+            task.add_done_callback(lambda _: self._tokenizing.pop(key))
+        # Who is cancelled takes nothing from the others.
+        return list(await asyncio.shield(task))
+
+
 _Worker: Any = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
 
 
@@ -162,7 +184,7 @@ class RolloutWorker(_Worker):
         agent_loop_tq.list_of_dict_to_tensordict = list
         if self.reward_loop_worker_handles == []:
             self.reward_loop_worker_handles = [in_place(RewardLoopWorker(self.config).compute_score)]
-        self._single_turn: SingleTurnAgentLoop | None = None
+        self._single_turn: SingleTurn | None = None
         self._in_flight = InFlight()
         self._quiet = QUIET if self.config.actor_rollout_ref.rollout.name == "vllm" else {}
 
@@ -182,7 +204,7 @@ class RolloutWorker(_Worker):
                     sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
                 )
         if self._single_turn is None:
-            self._single_turn = SingleTurnAgentLoop(
+            self._single_turn = SingleTurn(
                 trainer_config=DictConfigWrap(config=self.config),
                 server_manager=self.llm_client,
                 tokenizer=self.tokenizer,

@@ -171,6 +171,52 @@ def test_verl_has_what_the_worker_hooks() -> None:
     )
 
 
+def test_a_prompt_is_tokenized_once_for_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def tokenize(self: Any, messages: list[dict[str, Any]], **more: Any) -> list[int]:
+        asked.append((messages[-1]["content"], more))
+        number = len(asked)
+        await asyncio.sleep(0.01)
+        if messages[-1]["content"] == "bad":
+            raise ValueError("no tokens")
+        return [1, 2, number]
+
+    monkeypatch.setattr(rollouts.SingleTurnAgentLoop, "ct_build_initial_tokens", tokenize)
+    loop = object.__new__(rollouts.SingleTurn)
+    loop._tokenizing = {}
+
+    def prompt(text: Any) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": "s"}, {"role": "user", "content": text}]
+
+    async def work() -> None:
+        made = await asyncio.gather(
+            *(loop.ct_build_initial_tokens(prompt(text), images=None) for text in "aaabba")
+        )
+        assert [text for text, _ in asked] == ["a", "b"]
+        assert made == [[1, 2, 1]] * 3 + [[1, 2, 2]] * 2 + [[1, 2, 1]]
+        made[0].append(9)
+        assert made[1] == [1, 2, 1], "each has a list of its own"
+        assert not loop._tokenizing
+        failed = await asyncio.gather(
+            *(loop.ct_build_initial_tokens(prompt("bad")) for _ in range(3)), return_exceptions=True
+        )
+        assert [str(each) for each in failed] == ["no tokens"] * 3
+        # Whoever is cancelled takes nothing from the others.
+        first, second = (asyncio.create_task(loop.ct_build_initial_tokens(prompt("c"))) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second)[:2] == [1, 2]
+        asked.clear()
+        pictures = await asyncio.gather(
+            *(loop.ct_build_initial_tokens(prompt("p"), images=["i"]) for _ in range(2))
+        )
+        assert len(asked) == len(pictures) == 2
+        assert asked[0] == ("p", {"images": ["i"]})
+
+    asyncio.run(work())
+
+
 def test_trap_verl_builds_a_loop_for_each_response() -> None:
     assert "hydra.utils.instantiate" in inspect.getsource(AgentLoopWorker._run_agent_loop), (
         "verl keeps its agent loops now: RolloutWorker._run_agent_loop may go"
