@@ -1,7 +1,6 @@
 """verl's FSDP2 engine for the device "cpu" (loaded in every training worker through ``model.external_lib``)."""
 
 import logging
-import os
 from typing import Any
 from unittest import mock
 
@@ -13,7 +12,6 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
-from tagpr.cpu_platform import TRAINING_THREADS
 from tagpr.cpu_platform.prefix_sharing import Layout, group_size, lay_out
 from tagpr.tree_attention import ATTENTION, use_tree_attention
 
@@ -24,9 +22,6 @@ if get_platform().device_name != "cpu":
         f"verl chose the platform {get_platform().device_name!r}, not 'cpu': its plugin entry point was not loaded. "
         "Install the project (pip install -e .) in the environment of the Ray workers."
     )
-
-if TRAINING_THREADS in os.environ:
-    torch.set_num_threads(int(os.environ[TRAINING_THREADS]))
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")

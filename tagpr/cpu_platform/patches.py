@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed
 
+from tagpr.cpu_platform.rollout_speed import bunch_outputs, compiled_norms, draw_from_uniform_numbers
+
 
 def deduplicate_process_group_backends() -> None:
     """``init_process_group("cpu:gloo,cpu:gloo")`` -> ``"cpu:gloo"``.
@@ -67,12 +69,20 @@ def keep_linear_weights() -> None:
     have nowhere to be loaded to ("no attribute 'weight_loader'").
     """
     from vllm.model_executor.layers import linear, utils
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
 
     def process_weights_after_loading(self: Any, layer: torch.nn.Module) -> None:
         utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
     linear.UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
+
+
+def for_vllm() -> None:
+    """All that vLLM needs on a CPU, and what makes it faster there; it calls this in each of its processes."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    keep_linear_weights()
+    bunch_outputs()
+    draw_from_uniform_numbers()
+    compiled_norms()

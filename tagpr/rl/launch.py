@@ -20,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tagpr.checkpoints import export_model, latest_complete
 from tagpr.configuration import exported
 from tagpr.console import library_output_to
-from tagpr.cpu_platform import TRAINING_THREADS
 from tagpr.dense_retrieval import install
 from tagpr.errors import RewardServerError, RunFault, StageError
 from tagpr.local_ray import local_ray, prepare_environment
@@ -413,10 +412,7 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
         # Of this machine's cores, for each worker that it has.
         threads = max(1, len(os.sched_getaffinity(0)) // int(config.trainer.n_gpus_per_node))
         environment |= {
-            # A rollout engine leaves a core to the processes that hand out what it generates; updates have all cores to themselves.
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, threads - 1))),
-            TRAINING_THREADS: os.environ.get(TRAINING_THREADS)
-            or os.environ.get("OMP_NUM_THREADS", str(threads)),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             # Threads that wait for each other spin for microseconds only: at OpenMP's own milliseconds two of them take several
             # times as long as one as soon as anybody else uses the machine, and if they sleep at once two are no faster than one.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),
