@@ -4,7 +4,7 @@
 
 Both train the same model on the same prompts with the same reward (eq. 11: no reward server on either side; ours goes through
 the reward manager), GSPO with the paper's clip, 16 prompts x 5 responses, two updates, AdamW, fp32, two cores. Three sizes:
-``small`` (MiniLaMP's own model, 0.43M parameters, at most 64 tokens a response), whose rewards are the learning curves, one per
+``small`` (MiniLaMP's own model, 0.43M parameters, at most 64 tokens a response), whose rewards are the learning curves, one a
 seed; ``large`` (2.4M parameters with random weights, which hardly ever end before 256 tokens) and ``fixed`` (the small model,
 responses of one token: what a step costs before there is anything to compute), for time alone: their rewards are all the same. A
 step is everything between the end of one and the end of the next, the median after warm-up; start-up is from the start of the
@@ -269,12 +269,11 @@ def run(given: argparse.Namespace) -> None:
         examples, small = prepared(Path(given.outputs) if given.outputs else folder / "outputs")
         for size in filter(None, given.sizes.split(",")):
             model = large_model(small, folder / "large") if size == "large" else small
-            seeds = range(given.seeds if size == "small" else 1)
             steps = given.large_steps if size == "large" else given.steps
             own: list[dict[str, Any]] = []
             other: list[dict[str, Any]] = []
             # In turns, so that a busy minute of the machine meets both.
-            for seed in seeds:
+            for seed in range(given.seeds):
                 own.append(ours(size, model, examples, folder / "ours", steps, seed, given.set))
                 print(size, "ours", seed, summary(own[-1:]), flush=True)
                 if python is None:
@@ -352,7 +351,7 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="fixed,small,large")
     parser.add_argument("--steps", type=int, default=16, help="of the other sizes")
     parser.add_argument("--large-steps", type=int, default=6, help="of size large")
-    parser.add_argument("--seeds", type=int, default=2, help="of size small")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each size, in turns with the peer's")
     parser.add_argument("--replicas", help="weak scaling besides: rollout engines (and FSDP workers), as 1,2")
     parser.add_argument("--peer-python")
     parser.add_argument("--install-peer")
