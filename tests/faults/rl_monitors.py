@@ -15,9 +15,7 @@ settings goes through to its last step. ``--set`` adds overrides, ``--only`` cho
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "perf"))
+
+from rl_run import rl_run
 
 from tagpr.configuration import compose, resolve
 from tagpr.rewards.composite import RewardWeights, score_response
@@ -226,26 +228,19 @@ def learned(name: str, outputs: Path, work: Path, steps: int, more: Sequence[str
     expected, run_dir = LEARNED[name], work / name
     if run_dir.exists():
         raise SystemExit(f"{run_dir}: is there already. Give --work another folder.")
-    command = [
-        sys.executable, "-m", "tagpr.rl", "guided_rl", f"run.outputs={work}", f"run.name={name}",
-        f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"trainer.total_training_steps={steps}",
-        *LEARNED_SETTINGS, *more,
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    own: dict[str, str] = {}
     if expected:
-        environment["TAGPR_SEEDED_FAULT"] = name
-        command += [
-            f"monitors.{expected}.action=stop",
+        own["TAGPR_SEEDED_FAULT"] = name
+        more = [
+            *more, f"monitors.{expected}.action=stop",
             f"reward.reward_manager.module.path={Path(__file__).resolve().with_name('seeded_rewards.py')}",
-        ]
+        ]  # fmt: skip
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
-    try:
-        status = process.wait(timeout=900)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
+    status = rl_run(
+        "-m", "tagpr.rl", "guided_rl", f"run.outputs={work}", f"run.name={name}",
+        f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"trainer.total_training_steps={steps}",
+        *LEARNED_SETTINGS, *more, timeout_s=900, **own,
+    )  # fmt: skip
     alerts = read_alerts(run_dir / "alerts.jsonl")
     entries = [json.loads(line) for line in complete_lines(run_dir / "metrics.jsonl")]
     its = [alert for alert in alerts if alert.monitor == expected]

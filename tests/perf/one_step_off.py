@@ -15,13 +15,12 @@ import json
 import os
 import signal
 import statistics
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
+from rl_run import finished_rl_run
+
 MODES = ("sync", "colocate_async")
 WINDOW, WARM_UP = 4, 3
 SETTINGS = (
@@ -33,24 +32,14 @@ STALENESS = "training/off_policy/trajectory_staleness_worst/"
 def train(mode: str, seed: int, given: argparse.Namespace) -> Path:
     """The run's folder; trained now, unless it is finished."""
     outputs, name = given.outputs.resolve(), f"{mode}-{seed}"
-    command = [
-        sys.executable, "-m", "tagpr.rl", "guided_rl", f"run.outputs={given.work.resolve()}", f"run.name={name}",
+    run_dir: Path = given.work.resolve() / name
+    return finished_rl_run(
+        run_dir,
+        "-m", "tagpr.rl", "guided_rl", f"run.outputs={run_dir.parent}", f"run.name={name}",
         f"run.seed={seed}", f"trainer.v1.trainer_mode={mode}", f"paths.examples={outputs}/data/minilamp",
         f"paths.sft={outputs}/sft/model", f"paths.prmu={outputs}/prmu/model", f"trainer.total_training_steps={given.steps}",
         f"trainer.test_freq={given.steps}", f"trainer.save_freq={given.steps}", *SETTINGS, *given.set,
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
-    try:
-        status = process.wait(timeout=1800)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-    run_dir: Path = given.work.resolve() / name
-    if status:
-        raise SystemExit(f"{run_dir}/driver.log: the run ended with status {status}. See there.")
-    return run_dir
+    )  # fmt: skip
 
 
 def figures(run_dir: Path) -> dict[str, Any]:

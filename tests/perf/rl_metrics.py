@@ -18,7 +18,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from rl_run import finished_rl_run
 
 from tagpr.configuration import compose, resolve
 from tagpr.rewards.composite import RewardWeights, score_response
@@ -192,25 +193,15 @@ def of_steps(given: argparse.Namespace) -> dict[str, Any]:
     if run_dir.exists():
         raise SystemExit(f"{run_dir}: is there already. Give --work another folder.")
     work.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, __file__, "--driver", str(record), "guided_rl", f"run.outputs={work}", "run.name=parts",
+    finished_rl_run(
+        run_dir,
+        __file__, "--driver", str(record), "guided_rl", f"run.outputs={work}", "run.name=parts",
         f"paths.examples={outputs}/data/minilamp", f"paths.sft={outputs}/sft/model", f"paths.prmu={outputs}/prmu/model",
         f"data.train_batch_size={PROMPTS}", f"actor_rollout_ref.rollout.n={GROUP}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS // 4}", f"trainer.total_training_steps={given.steps}",
         "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1000",
         f"reward.reward_manager.module.path={Path(__file__).resolve().with_name('clocked_reward.py')}", *given.set,
-    ]  # fmt: skip
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
-    try:
-        status = process.wait(timeout=1800)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-    if status:
-        raise SystemExit(f"{run_dir}/driver.log: the run ended with status {status}. See there.")
+    )  # fmt: skip
     dumps = sorted((run_dir / "rollouts").glob("*.jsonl"))
     first, last = (path.stat().st_mtime for path in (dumps[0], dumps[-1]))
     steps = len(dumps) - 1

@@ -30,8 +30,9 @@ import venv
 from pathlib import Path
 from typing import Any
 
+from rl_run import environment, finished_rl_run
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 PEER = "trl==1.16"
 PROMPTS, GROUP, MINI_BATCH = 16, 5, 8
 RESPONSE_TOKENS = {"small": 64, "large": 256, "fixed": 1}
@@ -85,13 +86,6 @@ def parameters(model: Path) -> int:
     return count
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {
-        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-        **more,
-    }  # fmt: skip
-
-
 def ours(
     size: str,
     model: Path,
@@ -109,8 +103,8 @@ def ours(
     """
     name = f"{size}-{seed}" if threads is None else f"{size}-{seed}-{replicas}-replicas"
     run_dir = folder / name
-    command = [
-        sys.executable, "-m", "tagpr.rl", "exploratory_rl", f"run.outputs={folder}", f"run.name={name}", f"run.seed={seed}",
+    arguments = [
+        "-m", "tagpr.rl", "exploratory_rl", f"run.outputs={folder}", f"run.name={name}", f"run.seed={seed}",
         f"paths.examples={examples}", f"actor_rollout_ref.model.path={model}",
         f"data.train_batch_size={PROMPTS * replicas}", f"actor_rollout_ref.rollout.n={GROUP}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={MINI_BATCH * replicas}", f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
@@ -119,8 +113,6 @@ def ours(
         f"trainer.n_gpus_per_node={replicas}", *extra,
     ]  # fmt: skip
     began = time.time()
-    own = environment() if threads is None else environment(OMP_NUM_THREADS=str(threads))
-    process = subprocess.Popen(command, stdout=sys.stderr, env=own)
     dates: list[float] = []
     done = threading.Event()
 
@@ -133,16 +125,12 @@ def ours(
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     try:
-        status = process.wait(timeout=900)
+        finished_rl_run(run_dir, *arguments, timeout_s=900, **own)
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
         done.set()
         watcher.join()
-    if status:
-        raise SystemExit(f"{run_dir}/driver.log: the run ended with status {status}. See there.")
     found = [json.loads(line)["data"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     saved = found[-1].get("timing_s/save_checkpoint", 0.0)
     startup = dates[0] - found[0]["timing_s/step"] - began
