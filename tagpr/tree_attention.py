@@ -79,7 +79,11 @@ def tree_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if query.device.type == "cpu" and not dropout:
+    # The kernel takes what is asked of it at its word: the checks are ours.
+    plain = value.shape[-1] == query.shape[-1] and all(each.stride(-1) == 1 for each in (query, key, value))
+    if query.device.type == "cpu" and not dropout and plain:
+        # Under autocast, norms leave queries and keys in float32 where values are not.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return _TwoPartAttention.apply(query, key, value, segments, scaling).transpose(1, 2), None
     # One split, whose backward is one concatenation; a slice's would be a sequence of zeros for every segment.
     lengths = [each.end - each.start for each in segments]

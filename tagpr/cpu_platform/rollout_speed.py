@@ -1,7 +1,8 @@
 """What makes vLLM 0.28.0 generate faster on a CPU, where its own way was made for GPUs: one function each, with its reason.
 
-Together a third less time for 80 responses of 256 tokens by 2.4M parameters on two cores. What is generated is the same, or drawn
-from the same distribution (``tests/unit/test_rollout_speed.py``).
+For 80 responses of 256 tokens by 2.4M parameters on two cores, the engine takes a sixth less time, and what goes on beside it
+takes less of its cores. Norms are the same to rounding, tokens are drawn from the same distribution
+(``tests/unit/test_rollout_speed.py``).
 """
 
 from typing import Any
@@ -44,10 +45,12 @@ def draw(logits: torch.Tensor) -> torch.Tensor:
     """One token a row of ``logits`` [rows, vocabulary], with the probabilities of their softmax; returns [rows].
 
     The token whose probability is the most times its exponential number is token ``i`` with probability ``p_i``. ``-log(u)`` is
-    such a number; that ``u`` may be 0 makes a token lose, which is right, and never win. Tokens with less than 2^-24 never do.
+    such a number, on a grid of 2^-24: a token of probability 2^-22 is drawn in 88 % of the cases that are its due, one below
+    2^-27 hardly ever.
     """
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-    noise = torch.rand_like(probabilities).log_().neg_()
+    # Never infinite: the only token that is allowed has to win with any number.
+    noise = torch.rand_like(probabilities).clamp_(min=2.0**-25).log_().neg_()
     return probabilities.div_(noise).argmax(dim=-1)
 
 
@@ -62,7 +65,9 @@ def compiled_norms() -> None:
     current_platform.import_kernels()
 
     def takes(weight: torch.Tensor | None, x: torch.Tensor, variance_size: int | None) -> bool:
-        return variance_size is None and weight is not None and weight.dtype == x.dtype
+        # The kernel works in vectors, which have to come out even.
+        even = x.shape[-1] % 16 == 0
+        return even and variance_size is None and weight is not None and weight.dtype == x.dtype
 
     @ir.ops.rms_norm.register_impl(
         NORMS, supports_args=lambda x, weight, epsilon, variance_size=None: takes(weight, x, variance_size)

@@ -416,7 +416,7 @@ def environment_of_workers(config: DictConfig) -> dict[str, str]:
             # Threads that wait for each other spin for microseconds only: at OpenMP's own milliseconds two of them take several
             # times as long as one as soon as anybody else uses the machine, and if they sleep at once two are no faster than one.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000"),
-            # vLLM compiles one function of its sampler, for seconds of the first step, which is no faster for it.
+            # What is compiled costs seconds of the first step, and none of it is faster for it.
             "TORCH_COMPILE_DISABLE": "1",
             # GiB; without it each vLLM engine takes half of the machine.
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),

@@ -157,7 +157,10 @@ class SingleTurn(SingleTurnAgentLoop):
 
     async def ct_build_initial_tokens(self, messages: list[dict[str, Any]], **more: Any) -> list[int]:
         """Token ids of a prompt; ``more`` (tools, images, ...) as verl's."""
-        if any(more.values()) or not all(isinstance(each["content"], str) for each in messages):
+        plain = all(
+            set(each) == {"role", "content"} and isinstance(each["content"], str) for each in messages
+        )
+        if any(more.values()) or not plain:
             return await super().ct_build_initial_tokens(messages, **more)
         key = tuple((each["role"], each["content"]) for each in messages)
         task = self._tokenizing.get(key)

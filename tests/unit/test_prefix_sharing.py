@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tagpr.cpu_platform.prefix_sharing import group_size, lay_out, partitions_of_groups
-from tagpr.tree_attention import Segment, use_tree_attention
+from tagpr.tree_attention import Segment, tree_attention, use_tree_attention
 
 VOCABULARY = 97
 
@@ -68,6 +69,53 @@ def test_the_same_as_each_response_alone(seed: int) -> None:
     for (name, one), two in zip(packed.named_parameters(), plain.parameters(), strict=True):
         # RMSNorm rounds to float32 inside.
         torch.testing.assert_close(one.grad, two.grad, rtol=0, atol=1e-6, msg=name)
+
+
+# A prefix, its branches, a branch of a part of it, one of the whole again, another prefix and its branch.
+SEGMENTS = (
+    Segment(0, 40, 0, 0), Segment(40, 57, 0, 40), Segment(57, 58, 0, 40), Segment(58, 90, 0, 12), Segment(90, 99, 0, 40),
+    Segment(99, 130, 99, 99), Segment(130, 171, 99, 130),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["plain", "strided"])
+def test_attention_and_its_gradients_against_a_mask(strided: bool) -> None:
+    """In float64; two heads of the query share one of the keys. Strides that the kernel does not take go another way."""
+    torch.manual_seed(0)
+    length = SEGMENTS[-1].end
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, prefix_start, prefix_end in SEGMENTS:
+        allowed[start:end, prefix_start:prefix_end] = True
+        allowed[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+
+    def some(heads: int) -> torch.Tensor:
+        made = torch.randn(1, heads, length, 16, dtype=torch.float64)
+        return (made.transpose(2, 3).contiguous().transpose(2, 3) if strided else made).requires_grad_()
+
+    query, key, value = some(4), some(2), some(2)
+    ours, weights = tree_attention(
+        torch.nn.Identity(), query, key, value, None, segments=SEGMENTS, scaling=0.3
+    )
+    assert weights is None
+    theirs = scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), allowed, scale=0.3
+    ).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    towards = torch.randn_like(theirs)
+    for own, other in zip(
+        torch.autograd.grad(ours, (query, key, value), towards),
+        torch.autograd.grad(theirs, (query, key, value), towards),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
+
+
+def test_attention_under_autocast_takes_what_norms_leave_in_float32() -> None:
+    query, key, value = (torch.randn(1, 2, 171, 16) for _ in range(3))
+    exact, _ = tree_attention(torch.nn.Identity(), query, key, value, None, segments=SEGMENTS)
+    mixed, _ = tree_attention(torch.nn.Identity(), query, key, value.bfloat16(), None, segments=SEGMENTS)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), exact, atol=0.05, rtol=0.05)
 
 
 def test_each_prompt_is_computed_once() -> None:

@@ -30,6 +30,14 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     assert draw(logits).shape == (50_000,)
 
 
+def test_the_only_token_left_wins_with_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    assert draw(logits).tolist() == [1]
+    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, 1 - 2.0**-24))
+    assert draw(logits).tolist() == [1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the CPU platform stands aside")
 def test_norms_by_the_compiled_kernels_are_vllm_s_own() -> None:
     """In a process of its own: what vLLM takes is chosen for the whole process."""
@@ -54,6 +62,7 @@ native = ir.ops.rms_norm.impls["native"].impl_fn(heads, weight[:16], 1e-6)
 torch.testing.assert_close(native, ir.ops.rms_norm.impls["tagpr_cpu"].impl_fn(heads, weight[:16], 1e-6))
 takes = ir.ops.rms_norm.impls["tagpr_cpu"].supports_args
 assert takes(x, weight, 1e-6) and not takes(x, weight.double(), 1e-6) and not takes(x, None, 1e-6)
+assert not takes(torch.randn(5, 12), torch.randn(12), 1e-6)
 print("same")
 """
     done = subprocess.run(
