@@ -1,11 +1,12 @@
 """vLLM's engine sends the tokens of a rollout in bunches instead of one by one.
 
 After each step vLLM packs every request's new token and its log-probability into a message, which another process unpacks. On a
-GPU machine other cores do that while the GPU computes the next step. Where the CPU is what computes, that work takes from the
-engine a third of its speed (80 responses of 256 tokens by 2.4M parameters on two cores). Nobody looks at a rollout before it ends.
+GPU machine other cores do that while the GPU computes the next step. Where the CPU is what computes, that work takes a core
+from the engine again and again: 0.8 s of processor time for 80 responses of 256 tokens, 0.2 s in bunches. Nobody looks at a rollout
+before it ends.
 
 A request is held back where it said that it does not want every token (``stream_interval``) nor text (``detokenize=False``),
-from its second output on and up to ``BUNCH`` tokens; the content of what is sent is the same. What is aborted by the engine
+from its second output on and up to ``BUNCH`` of them; the content of what is sent is the same. What is aborted by the engine
 comes with all its tokens; what is aborted by who asked loses those that were held back, as it does those on their way.
 """
 
@@ -57,16 +58,12 @@ class BunchedOutputs:
 
     def _release(self, output: Any) -> Any:
         """This output with what was held back before it; None where it is held back itself."""
-        held = self._held.get(output.request_id)
         if self._may_wait(output):
-            if held is None:
-                self._held[output.request_id] = [output]
-                return None
+            held = self._held.setdefault(output.request_id, [])
             held.append(output)
-            if sum(len(each.new_token_ids) for each in held) < BUNCH:
-                return None
-            return joined(self._held.pop(output.request_id))
-        return output if held is None else joined([*self._held.pop(output.request_id), output])
+            return joined(self._held.pop(output.request_id)) if len(held) >= BUNCH else None
+        held = self._held.pop(output.request_id, [])
+        return joined([*held, output]) if held else output
 
     def _may_wait(self, output: Any) -> bool:
         if output.finish_reason is not None or output.prefill_stats is not None or not output.new_token_ids:
